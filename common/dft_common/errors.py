@@ -1,0 +1,64 @@
+"""The errors that end a command, each with the exit code that it ends with.
+
+    DftError
+    ├── DataError    exit 1: the data, or a dataset on disk, is bad
+    └── SetupError   exit 2: the command line or the environment is wrong
+
+Anything else that escapes is a bug of ours and keeps its traceback. `report_error` prints what a
+user reads: what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+EXIT_BAD_DATA = 1
+EXIT_BAD_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+# C0 and C1 controls but newline and tab, and the Unicode bidi overrides: untrusted text may carry terminal escapes.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class DftError(Exception):
+    """An error that the user can act on. `remedy` says how; it is printed on a line of its own."""
+
+    exit_code = EXIT_BAD_DATA
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple:
+        # Worker processes send their errors home by pickle, which would lose the keyword.
+        return _rebuild, (type(self), self.message, self.remedy)
+
+
+class DataError(DftError):
+    """The input data or a dataset on disk is bad."""
+
+
+class SetupError(DftError):
+    """The command line or the environment is wrong."""
+
+    exit_code = EXIT_BAD_USAGE
+
+
+def _rebuild(kind: type[DftError], message: str, remedy: str) -> DftError:
+    return kind(message, remedy=remedy)
+
+
+def printable(text: str) -> str:
+    """`text` with terminal control characters shown as `\\x1b` and the like, for messages that quote data."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def report_error(error: DftError) -> int:
+    """Print `error` to stderr and return the exit code for it."""
+    sys.stderr.write(f"error: {printable(error.message)}\n")
+    if error.remedy:
+        sys.stderr.write(f"  what to do: {printable(error.remedy)}\n")
+    return error.exit_code
