@@ -113,14 +113,13 @@ class SplitReader:
         batch = batches[at]
         number -= ends[at] - batch.num_rows
         ids, masks, source, identity, weights = batch.columns
-        if end is None:
-            end = ids.offsets[number + 1].as_py() - ids.offsets[number].as_py()
+        stop: int = end if end is not None else ids.offsets[number + 1].as_py() - ids.offsets[number].as_py()
         return Row(
-            input_ids=_list_slice(ids, number, start, end),
-            assistant_masks=_list_slice(masks, number, start, end),
+            input_ids=_list_slice(ids, number, start, stop),
+            assistant_masks=_list_slice(masks, number, start, stop),
             source=source[number].as_py(),
             id=identity[number].as_py(),
-            loss_weights=_list_slice(weights, number, start, end) if weights[number].is_valid else None,
+            loss_weights=_list_slice(weights, number, start, stop) if weights[number].is_valid else None,
         )
 
     def batches(self) -> Iterator[pa.RecordBatch]:

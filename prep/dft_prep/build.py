@@ -1,0 +1,301 @@
+"""`dft-prep build`: the whole of preparation, in order. Read this file first.
+
+Called by `cli`. Sources are cut into work units; each unit becomes a part; the parts become shards, then a
+pack index; the manifest is written last, and makes the dataset complete.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from dft_common.errors import DataError, SetupError
+from dft_common.logs import get_logger
+from dft_common.manifest import TemplateInfo, read_manifest
+from dft_common.packs import PackIndexInfo
+from dft_common.records import Conversation
+from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS, TOKENIZER_DIR
+from dft_prep.assemble import AssembleOptions, PartOfSource, assemble
+from dft_prep.checks import pieces_differ, self_check
+from dft_prep.encode import BatchEncoder
+from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder, make_encoder
+from dft_prep.engine import default_workers, fingerprint_units, run_units, unit_bytes
+from dft_prep.outcome import (
+    Learnt,
+    PlannedUnit,
+    assert_counts,
+    describe,
+    make_manifest,
+    recipe_fingerprint,
+    total,
+    what_changed,
+)
+from dft_prep.pack import PackOptions, pack_split
+from dft_prep.progress import Progress
+from dft_prep.readers import UnitReader
+from dft_prep.recipe import BuildOptions, Recipe, make_recipe, parse_date
+from dft_prep.render import Renderer
+from dft_prep.report import print_summary, write_report
+from dft_prep.sources import Source, resolve_sources
+from dft_prep.units import plan_units
+from dft_prep.validate import Judged, judge
+from dft_prep.work import UnitResult, WorkContext, part_path, part_quarantine_path
+from dft_prep.workspace import Workspace
+
+_SAMPLED_PER_SOURCE = 20
+_SAMPLED_SOURCES = 20
+
+
+def build(options: BuildOptions) -> Path:
+    """Build the dataset, or find it up to date. Returns its directory; raises DataError or SetupError."""
+    started = time.monotonic()
+    sources = resolve_sources(options.data_files)
+    output_dir = Path(options.output_dir)
+    workspace = Workspace(output_dir)
+    workspace.open(resume=options.resume)
+    try:
+        recipe = make_recipe(options, _date(options, workspace))
+        planned = [
+            PlannedUnit(unit=unit, source=number, file=at)
+            for number, source in enumerate(sources)
+            for at, file in enumerate(source.files)
+            for unit in plan_units(file, source.name)
+        ]
+        workers = options.preprocessing_num_workers or default_workers()
+        if (output_dir / MANIFEST_NAME).exists() and _up_to_date(recipe, sources, planned, output_dir, workers):
+            workspace.discard()
+            get_logger().info("%s is up to date", output_dir)
+            return output_dir
+        _build(recipe, sources, planned, workspace, workers, started)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"{output_dir}: the disk is full",
+                remedy="free some space and run the same command again: it goes on from what it finished",
+            ) from None
+        raise
+    finally:
+        workspace.close()
+    return output_dir
+
+
+def _build(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    planned: Sequence[PlannedUnit],
+    workspace: Workspace,
+    workers: int,
+    started: float,
+) -> None:
+    options = recipe.options
+    learnt, results = _encode(recipe, sources, planned, workspace, workers)
+    parts = [
+        PartOfSource(path=part_path(workspace.parts, result.key), source=plan.source, info=result.info)
+        for plan, result in zip(planned, results, strict=True)
+    ]
+    _write_quarantine(workspace, planned, results)
+    _refuse_bad_sources(sources, parts, options, workspace)
+    assembled = assemble(sources, parts, workspace.new, _assemble_options(recipe))
+    manifest = make_manifest(recipe, sources, planned, results, learnt, assembled)
+    assert_counts(manifest.counts)
+    pack_options = PackOptions(
+        max_length=options.max_length, overlong=options.overlong, packing=options.packing, seed=options.seed
+    )
+    indexes = [
+        pack_split(
+            workspace.new / split, manifest.splits[split], workspace.new / PACKS_DIR, pack_options, manifest.fingerprint
+        )
+        for split in SPLITS
+    ]
+    recipe.tokenizer.save(workspace.new / TOKENIZER_DIR, recipe.template.source)
+    seconds = time.monotonic() - started
+    resumed = sum(result.found for result in results)
+    write_report(workspace.new, manifest, indexes, seconds=seconds, workers=workers, units_found=resumed)
+    workspace.publish(manifest)
+    print_summary(workspace.output_dir, manifest, indexes, seconds)
+    _warn_of_template(learnt, indexes)
+
+
+def _date(options: BuildOptions, workspace: Workspace) -> datetime.date:
+    """What strftime_now prints: as given, else as in the dataset that is there, else the day of the first start."""
+    if options.template_date is not None:
+        return parse_date(options.template_date)
+    if (workspace.output_dir / MANIFEST_NAME).exists():
+        kept = read_manifest(workspace.output_dir).recipe.get("template_date")
+        if kept is not None:
+            return parse_date(kept)
+    return parse_date(workspace.first_start(datetime.date.today().isoformat()))
+
+
+def _up_to_date(
+    recipe: Recipe, sources: Sequence[Source], planned: Sequence[PlannedUnit], output_dir: Path, workers: int
+) -> bool:
+    """Whether OUT holds what this build would make. Raises SetupError where it holds something else, unasked."""
+    manifest = read_manifest(output_dir)
+    fingerprints = fingerprint_units([plan.unit for plan in planned], workers)
+    if manifest.recipe_fingerprint == recipe_fingerprint(recipe, sources, planned, fingerprints):
+        return True
+    if not recipe.options.overwrite:
+        changed = what_changed(manifest, describe(recipe, sources), recipe)
+        raise SetupError(
+            f"--output_dir {output_dir}: holds a complete dataset of another recipe ({changed})",
+            remedy="give another directory, or --overwrite True to replace it",
+        )
+    return False
+
+
+def _sample(sources: Sequence[Source], planned: Sequence[PlannedUnit]) -> list[Conversation]:
+    """The first good conversations of each source."""
+    sample: list[Conversation] = []
+    for number in range(min(len(sources), _SAMPLED_SOURCES)):
+        first = next((plan.unit for plan in planned if plan.source == number), None)
+        for raw in islice(UnitReader(first) if first is not None else (), _SAMPLED_PER_SOURCE):
+            judged = judge(raw, "")
+            if isinstance(judged, Judged):
+                sample.append(judged.conversation)
+    return sample
+
+
+def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -> Learnt:
+    """Choose the encoder and check template and tokenizer on probes and on `sample`. Raises DataError."""
+    renderer = Renderer(recipe.template.source, recipe.tokenizer, recipe.date, recipe.render_options)
+    reference = ReferenceEncoder(recipe.tokenizer)
+    texts = [message.content or "" for conversation in sample for message in conversation.messages]
+    name = choose_encoder(wanted_encoder, recipe.tokenizer, reference, texts)
+    encoder = BatchEncoder(renderer, recipe.tokenizer, make_encoder(name, recipe.tokenizer, reference), reference)
+    encoder.whole = pieces_differ(renderer, encoder)
+    checks = self_check(renderer, encoder, sample)
+    template = TemplateInfo(
+        fingerprint=recipe.template.fingerprint,
+        origin=recipe.template.origin,
+        end_of_turn=renderer.rules.end_of_turn,
+        generation_prompt=renderer.rules.prompts[0] if renderer.rules.prompts else "",
+        checks=checks,
+    )
+    return Learnt(encoder=name, whole=encoder.whole, template=template)
+
+
+def _encode(
+    recipe: Recipe, sources: Sequence[Source], planned: Sequence[PlannedUnit], workspace: Workspace, workers: int
+) -> tuple[Learnt, list[UnitResult]]:
+    sample = _sample(sources, planned)
+    wanted = recipe.options.encoder
+    while True:
+        learnt = learn(recipe, sample, wanted)
+        try:
+            return learnt, _run(recipe, planned, learnt, workspace, workers)
+        except EncoderMismatch:
+            wanted = ReferenceEncoder.name
+            get_logger().warning("fastokens gave other ids than tokenizers here; all is encoded again without it")
+
+
+def _run(
+    recipe: Recipe, planned: Sequence[PlannedUnit], learnt: Learnt, workspace: Workspace, workers: int
+) -> list[UnitResult]:
+    context = WorkContext(
+        tokenizer=recipe.tokenizer,
+        template_source=recipe.template.source,
+        date=recipe.date,
+        render_options=recipe.render_options,
+        encoder=learnt.encoder,
+        whole=learnt.whole,
+        token_dtype=recipe.options.token_dtype,
+        encoding_key=recipe.encoding_key(),
+        parts_dir=workspace.parts,
+        stop_at_first=recipe.options.on_error == "stop",
+    )
+    units = [plan.unit for plan in planned]
+    results: dict[int, UnitResult] = {}
+    with Progress(sum(unit_bytes(unit) for unit in units)) as progress:
+        for number, result in run_units(units, context, workers):
+            results[number] = result
+            progress.advance(unit_bytes(units[number]), result.info.read, result.info.tokens)
+    found = sum(result.found for result in results.values())
+    if found:
+        get_logger().info("going on: %d of %d work units were finished already", found, len(units))
+    return [results[number] for number in range(len(units))]
+
+
+def _write_quarantine(workspace: Workspace, planned: Sequence[PlannedUnit], results: Sequence[UnitResult]) -> None:
+    """Every record left out, with the line number counted from its file's start."""
+    with (workspace.new / QUARANTINE_NAME).open("wb") as out:
+        lines_before: Counter[tuple[int, int]] = Counter()
+        for plan, result in zip(planned, results, strict=True):
+            offset = lines_before[plan.source, plan.file] if plan.unit.kind == "lines" else 0
+            with part_quarantine_path(workspace.parts, result.key).open("rb") as lines:
+                for line in lines:
+                    entry = msgspec.json.decode(line)
+                    entry["file"] = plan.unit.file.shown
+                    entry["line"] += offset
+                    out.write(msgspec.json.encode(entry) + b"\n")
+            lines_before[plan.source, plan.file] += result.info.lines
+
+
+def _refuse_bad_sources(
+    sources: Sequence[Source], parts: Sequence[PartOfSource], options: BuildOptions, workspace: Workspace
+) -> None:
+    """Raise DataError where a source has more bad records than allowed, or nothing good at all."""
+    kept = sum(part.info.kept for part in parts)
+    for number, source in enumerate(sources):
+        infos = [part.info for part in parts if part.source == number]
+        read = sum(info.read for info in infos)
+        reasons = total(info.left_out for info in infos)
+        bad = sum(reasons.values())
+        if bad > options.max_bad_records and bad > options.max_bad_fraction * read:
+            _keep_quarantine(workspace)
+            raise DataError(
+                f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); allowed are "
+                f"--max_bad_records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}",
+                remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, repair the data, or raise both limits",
+            )
+    if not kept:
+        _keep_quarantine(workspace)
+        reasons = total(part.info.left_out for part in parts)
+        raise DataError(
+            f"nothing to build: no record was kept ({_reasons(reasons) or 'the files hold no records'})",
+            remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, or check --data_files",
+        )
+
+
+def _keep_quarantine(workspace: Workspace) -> None:
+    if not (workspace.output_dir / MANIFEST_NAME).exists():
+        (workspace.new / QUARANTINE_NAME).replace(workspace.output_dir / QUARANTINE_NAME)
+
+
+def _reasons(reasons: Counter[str]) -> str:
+    return ", ".join(f"{code} {number:,}" for code, number in reasons.most_common())
+
+
+def _assemble_options(recipe: Recipe) -> AssembleOptions:
+    options = recipe.options
+    return AssembleOptions(
+        deduplicate=options.deduplicate,
+        validation_split_percentage=options.validation_split_percentage,
+        seed=options.seed,
+        token_dtype=options.token_dtype,
+        shard_bytes=recipe.shard_bytes,
+    )
+
+
+def _warn_of_template(learnt: Learnt, indexes: Sequence[PackIndexInfo]) -> None:
+    if learnt.template.end_of_turn is None:
+        get_logger().warning(
+            "the chat template ends a reply with no control token: the model will not learn to stop. "
+            "Give a template whose assistant turns end in one (--chat_template)"
+        )
+    for index in indexes:
+        if index.truncated_rows:
+            get_logger().warning(
+                "%s: %d conversations are longer than --max_length %d and lose %d tokens (--overlong truncate)",
+                index.split,
+                index.truncated_rows,
+                index.max_length,
+                index.truncated_tokens,
+            )

@@ -1,0 +1,146 @@
+"""The command line of stage 1: `dft-prep build | validate | preview | inspect | verify | pack`.
+
+Flags are parsed here; each command's own module is imported only when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dft_common import __version__, build_flags, logs
+from dft_common.errors import EXIT_BAD_DATA
+from dft_common.flags import Flag, FlagCommand, run_command
+
+# dft_common.schema.SPLITS, spelled out: importing it would import pyarrow, and make --help slow.
+SPLIT = Flag(name="split", choices=("train", "validation"), default="train", help="Which split.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dft-prep")
+def cli() -> None:
+    """Turn messy multi-file chat data into a verified, memory-mapped, packed dataset.
+
+    Exit codes: 0 done, 1 the data is bad, 2 the command line or environment is wrong, 130 interrupted.
+    """
+
+
+def _build(**values: Any) -> None:
+    from dft_prep.build import build
+    from dft_prep.recipe import build_options
+
+    click.echo(build(build_options(values)))
+
+
+def _preview(n: int, **values: Any) -> None:
+    from dft_prep.recipe import build_options
+    from dft_prep.show import preview
+
+    preview(build_options({**values, "output_dir": "."}), n)
+
+
+def _inspect(dataset_dir: str, split: str, format: str, **selection: Any) -> None:
+    from dft_prep.show import Selection, inspect
+
+    inspect(Path(dataset_dir), split, Selection(**selection), format)
+
+
+def _verify(dataset_dir: str) -> int:
+    from dft_prep.verify import verify
+
+    problems = 0
+    for problem in verify(Path(dataset_dir)):
+        problems += 1
+        click.echo(f"{dataset_dir}: {problem}")
+    if problems:
+        click.echo(f"{problems} problems: build the dataset again", err=True)
+        return EXIT_BAD_DATA
+    click.echo(f"{dataset_dir}: every checksum, count and invariant holds", err=True)
+    return 0
+
+
+def _pack(dataset_dir: str, **values: Any) -> None:
+    from dft_common.manifest import read_manifest
+    from dft_common.schema import PACKS_DIR
+    from dft_prep.pack import PackOptions, pack_split
+    from dft_prep.report import describe_index
+
+    directory = Path(dataset_dir)
+    manifest = read_manifest(directory)
+    for name, value in values.items():
+        values[name] = manifest.recipe[name] if value is None else value
+    for split, info in manifest.splits.items():
+        index = pack_split(directory / split, info, directory / PACKS_DIR, PackOptions(**values), manifest.fingerprint)
+        click.echo(directory / PACKS_DIR / index.name)
+        click.echo(f"{split}: {describe_index(index)}", err=True)
+
+
+def _validate(**values: Any) -> int:
+    from dft_prep.validate_command import ValidateOptions, run_validate
+
+    if not values["data_files"]:
+        raise click.UsageError("--data_files is missing: give the files to validate")
+    return run_validate(ValidateOptions(**values))
+
+
+def _dataset_argument() -> click.Argument:
+    return click.Argument(["dataset_dir"], metavar="OUT")
+
+
+def _as_in_recipe(flag: Flag) -> Flag:
+    """A pack flag whose default is what the dataset was built with."""
+    return dataclasses.replace(flag, default=None, help=f"{flag.help} Default: as in the build.")
+
+
+_VALIDATE_FLAGS = (
+    build_flags.DATA_FILES,
+    *build_flags.TOKENIZER_FLAGS,
+    *build_flags.RENDER_FLAGS,
+    Flag(name="max_length", kind="int", minimum=2, help="With a tokenizer: report conversations longer than this."),
+    Flag(name="format", choices=("text", "json", "github"), default="text", help="Of the findings."),
+    Flag(name="output", help="File for the findings. Default: stdout."),
+    Flag(name="max_errors", kind="int", default=100, minimum=0, help="Findings shown; after that only counts."),
+    Flag(name="strict", kind="bool", default=False, help="A warning fails too."),
+)
+_INSPECT_FLAGS = (
+    SPLIT,
+    Flag(name="row", kind="int", minimum=0, help="Row number, from 0."),
+    Flag(name="id", help="The first row with this id."),
+    Flag(name="source", help="The first row of this source."),
+    Flag(name="pack", kind="int", minimum=0, help="The slices of this pack, from 0."),
+    Flag(name="format", choices=("text", "json"), default="text", help="Of the output."),
+)
+_PREVIEW_FLAGS = (
+    build_flags.DATA_FILES,
+    *build_flags.TOKENIZER_FLAGS,
+    *build_flags.RENDER_FLAGS,
+    Flag(name="n", kind="int", default=3, minimum=1, help="Conversations to show, from each source in turn."),
+)
+_PACK_FLAGS = tuple(_as_in_recipe(flag) for flag in build_flags.PACK_FLAGS)
+
+_COMMANDS = (
+    FlagCommand("build", _build, build_flags.BUILD_FLAGS, short_help="Build a dataset from chat files.",
+                help="Build a dataset: read, render, mask, encode, deduplicate, split, pack."),
+    FlagCommand("validate", _validate, _VALIDATE_FLAGS, short_help="Report every bad record.",
+                help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error."),
+    FlagCommand("preview", _preview, _PREVIEW_FLAGS, short_help="Show what would be trained.",
+                help="Show the rendered text, trained tokens against context, before any build."),
+    FlagCommand("inspect", _inspect, _INSPECT_FLAGS, arguments=[_dataset_argument()],
+                short_help="Show what a dataset holds.",
+                help="Show a dataset's counts, and rows with what is trained in them."),
+    FlagCommand("verify", _verify, (), arguments=[_dataset_argument()], short_help="Check a dataset.",
+                help="Check every checksum, count and invariant of a dataset. Exit 1 with what is wrong."),
+    FlagCommand("pack", _pack, _PACK_FLAGS, arguments=[_dataset_argument()], short_help="Make another pack index.",
+                help="Make another pack index, for another --max_length or seed. Tokenizes nothing."),
+)  # fmt: skip
+for _command in _COMMANDS:
+    cli.add_command(_command)
+
+
+def main() -> int:
+    """Entry point of the console script."""
+    logs.setup()
+    return run_command(cli, "dft-prep")

@@ -1,0 +1,109 @@
+"""Run work units: in this process, or in a pool of processes. The result does not depend on which.
+
+Called by `build`. Results come in the order in which units finish.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from dft_common.errors import SetupError
+from dft_prep.units import Unit, unit_fingerprint
+from dft_prep.work import UnitResult, WorkContext, Worker
+
+_POOL_FROM_BYTES = 8_000_000
+"""Below this, starting a pool takes longer than the work."""
+
+Result = TypeVar("Result")
+_worker: Worker | None = None
+
+
+def default_workers() -> int:
+    """Every core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _die_with_parent() -> None:
+    """End this worker when the build is killed, so that no orphan goes on writing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _start(context: WorkContext | None) -> None:
+    global _worker
+    _die_with_parent()
+    if context is not None:
+        _worker = Worker(context)
+
+
+def _run_in_pool(unit: Unit) -> UnitResult:
+    assert _worker is not None
+    return _worker.run(unit)
+
+
+def run_units(units: Sequence[Unit], context: WorkContext, workers: int) -> Iterator[tuple[int, UnitResult]]:
+    """(number of the unit, its result), as they finish."""
+    if _use_pool(units, workers):
+        yield from _pooled(units, _run_in_pool, context, workers)
+    else:
+        worker = Worker(context)
+        for number, unit in enumerate(units):
+            yield number, worker.run(unit)
+
+
+def fingerprint_units(units: Sequence[Unit], workers: int) -> list[str]:
+    """The fingerprint of every unit, in order: what tells whether a source has changed."""
+    if not _use_pool(units, workers):
+        return [unit_fingerprint(unit) for unit in units]
+    found = dict(_pooled(units, unit_fingerprint, None, workers))
+    return [found[number] for number in range(len(units))]
+
+
+def _use_pool(units: Sequence[Unit], workers: int) -> bool:
+    return workers > 1 and len(units) > 1 and sum(unit_bytes(unit) for unit in units) >= _POOL_FROM_BYTES
+
+
+def unit_bytes(unit: Unit) -> int:
+    return (unit.end if unit.end >= 0 else unit.file.size) - unit.start
+
+
+def _pooled(
+    units: Sequence[Unit], task: Callable[[Unit], Result], context: WorkContext | None, workers: int
+) -> Iterator[tuple[int, Result]]:
+    # Each worker is one thread; the tokenizers' own thread pools would only get in each other's way.
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pool = ProcessPoolExecutor(
+        min(workers, len(units)), multiprocessing.get_context("spawn"), initializer=_start, initargs=(context,)
+    )
+    # Large units first keep all cores busy to the end; at most a few wait in the queue, for a quick stop.
+    waiting = sorted(range(len(units)), key=lambda number: -unit_bytes(units[number]))[::-1]
+    running: dict[Future[Result], int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2 * workers:
+                number = waiting.pop()
+                running[pool.submit(task, units[number])] = number
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise SetupError(
+            "a worker process died: out of memory, or killed from outside",
+            remedy="run the same command again (it goes on), with a smaller --preprocessing_num_workers",
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

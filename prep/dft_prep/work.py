@@ -1,0 +1,239 @@
+"""One work unit -> one part: read, judge, render, encode, write. What a worker process does.
+
+Called by `engine`, in this process or in a pool. A part is named by the hash of what made it (bytes,
+tokenizer, template, options), written to a temporary name and renamed; its counts are written last, so that
+a part with counts is whole, and a build that was killed finds it again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from dft_common.errors import DataError
+from dft_common.fingerprint import hash_object
+from dft_common.manifest import write_atomically
+from dft_common.records import Conversation, Finding
+from dft_common.schema import TokenDtype
+from dft_prep.checks import check_conversation
+from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
+from dft_prep.encoders import ReferenceEncoder, make_encoder
+from dft_prep.readers import RawRecord, UnitReader
+from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
+from dft_prep.shards import PartWriter, Rows
+from dft_prep.split import KEY_DTYPE, conversation_key
+from dft_prep.tokenizer_files import TokenizerFiles
+from dft_prep.units import Unit, unit_fingerprint
+from dft_prep.validate import judge, quarantine_line
+
+_BATCH_CHARACTERS = 1 << 20
+_BATCH_ROWS = 1000
+
+
+class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a worker process needs to know; sent to it once."""
+
+    tokenizer: TokenizerFiles
+    template_source: str
+    date: datetime.date
+    render_options: RenderOptions
+    encoder: str
+    whole: bool
+    """Encode whole texts with offsets: this tokenizer gives a prompt's pieces other ids."""
+    token_dtype: TokenDtype
+    encoding_key: str
+    parts_dir: Path
+    stop_at_first: bool
+
+
+class PartInfo(msgspec.Struct, kw_only=True):
+    """What is in a part, and what was left out of it."""
+
+    read: int = 0
+    kept: int = 0
+    tokens: int = 0
+    left_out: dict[str, int] = {}
+    notes: dict[str, int] = {}
+    ignored: dict[str, int] = {}
+    lines: int = 0
+    """Newlines in the unit: line numbers in its findings count from the unit's start."""
+
+
+class UnitResult(msgspec.Struct, frozen=True, kw_only=True):
+    key: str
+    fingerprint: str
+    info: PartInfo
+    found: bool
+    """The part was there already."""
+
+
+def part_path(parts_dir: Path, key: str) -> Path:
+    return parts_dir / f"{key}.arrow"
+
+
+def part_info_path(parts_dir: Path, key: str) -> Path:
+    return parts_dir / f"{key}.json"
+
+
+def part_quarantine_path(parts_dir: Path, key: str) -> Path:
+    return parts_dir / f"{key}.quarantine"
+
+
+class _Part:
+    """A part while it is made: the rows of the current batch, the counts, the quarantine."""
+
+    def __init__(self, worker: Worker, key: str) -> None:
+        context = worker.context
+        self.encoder, self.dtype = worker.encoder, context.token_dtype
+        self.info = PartInfo()
+        self.left_out: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self.rows: list[Rendered] = []
+        self.keys: list[tuple[int, int]] = []
+        self.characters = 0
+        self.writer = PartWriter(part_path(context.parts_dir, key), context.token_dtype)
+        self._quarantine_path = part_quarantine_path(context.parts_dir, key)
+        self._quarantine_temporary = self._quarantine_path.with_suffix(f".{os.getpid()}.tmp")
+        self.quarantine = self._quarantine_temporary.open("wb")
+
+    def add(self, rendered: Rendered, key: tuple[int, int]) -> None:
+        self.rows.append(rendered)
+        self.keys.append(key)
+        self.characters += len(rendered.text)
+        if self.characters >= _BATCH_CHARACTERS or len(self.rows) >= _BATCH_ROWS:
+            self.flush()
+
+    def leave_out(self, finding: Finding, raw: RawRecord) -> None:
+        self.left_out[finding.code] += 1
+        self.quarantine.write(quarantine_line(finding, raw))
+
+    def flush(self) -> None:
+        if not self.rows:
+            return
+        batch = self.encoder.encode(self.rows)
+        rows = Rows(
+            input_ids=batch.input_ids,
+            weights=batch.weights,
+            offsets=batch.offsets,
+            keys=np.array(self.keys, KEY_DTYPE),
+        )
+        self.writer.add(rows)
+        self.info.kept += len(rows)
+        self.info.tokens += len(rows.input_ids)
+        self.rows, self.keys, self.characters = [], [], 0
+
+    def close(self, lines: int) -> PartInfo:
+        self.flush()
+        self.writer.close()
+        self.quarantine.close()
+        self._quarantine_temporary.replace(self._quarantine_path)
+        self.info.left_out, self.info.notes = dict(self.left_out), dict(self.notes)
+        self.info.ignored, self.info.lines = dict(self.ignored), lines
+        assert self.info.read == self.info.kept + sum(self.left_out.values())
+        return self.info
+
+    def abandon(self) -> None:
+        self.writer.abandon()
+        self.quarantine.close()
+        self._quarantine_temporary.unlink(missing_ok=True)
+
+
+class Worker:
+    """Template learnt and tokenizer loaded, ready for units."""
+
+    def __init__(self, context: WorkContext) -> None:
+        self.context = context
+        self.renderer = Renderer(context.template_source, context.tokenizer, context.date, context.render_options)
+        reference = ReferenceEncoder(context.tokenizer)
+        encoder = make_encoder(context.encoder, context.tokenizer, reference)
+        self.encoder = BatchEncoder(self.renderer, context.tokenizer, encoder, reference, whole=context.whole)
+
+    def part_key(self, unit: Unit, fingerprint: str) -> str:
+        context = self.context
+        return hash_object([context.encoding_key, context.encoder, context.whole, unit.kind, fingerprint])
+
+    def run(self, unit: Unit) -> UnitResult:
+        """Make the part of `unit`, or find it made. Raises DataError, or EncoderMismatch."""
+        fingerprint = unit_fingerprint(unit)
+        key = self.part_key(unit, fingerprint)
+        info_path = part_info_path(self.context.parts_dir, key)
+        try:
+            info = msgspec.json.decode(info_path.read_bytes(), type=PartInfo)
+            return UnitResult(key=key, fingerprint=fingerprint, info=info, found=True)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            pass
+        part = _Part(self, key)
+        try:
+            reader = UnitReader(unit)
+            for raw in reader:
+                part.info.read += 1
+                self._one(part, raw, unit.file.shown)
+            info = part.close(reader.lines)
+        except BaseException:
+            part.abandon()
+            raise
+        write_atomically(info_path, msgspec.json.encode(info))
+        return UnitResult(key=key, fingerprint=fingerprint, info=info, found=False)
+
+    def _one(self, part: _Part, raw: RawRecord, shown: str) -> None:
+        judged = judge(raw, shown)
+        if isinstance(judged, Finding):
+            self._leave_out(part, raw, judged)
+            return
+        part.ignored.update(judged.ignored)
+        part.notes.update({note.code for note in judged.notes})
+        try:
+            rendered = self._render(judged.conversation)
+        except RenderRefusal as refusal:
+            self._leave_out(part, raw, _finding(refusal, raw, shown))
+            return
+        part.notes.update(rendered.notes)
+        key = conversation_key(judged.conversation)
+        if key[0] % CHECKED_ONE_IN == 0:
+            self.encoder.check(rendered)
+            check_conversation(self.renderer, self.encoder, judged.conversation)
+        part.add(rendered, key)
+
+    def _render(self, conversation: Conversation) -> Rendered:
+        rendered = self.renderer.render(conversation)
+        if not rendered.spans:
+            raise RenderRefusal("nothing_to_train", "$.messages", "no assistant turn has text and a weight above 0")
+        return rendered
+
+    def _leave_out(self, part: _Part, raw: RawRecord, finding: Finding) -> None:
+        if self.context.stop_at_first:
+            raise DataError(
+                f"{finding.file}:{finding.byte_offset}: {finding.code} {finding.path}: {finding.message} (byte offset; "
+                "--on_error stop)",
+                remedy=finding.help or "repair the record, or use --on_error quarantine",
+            )
+        part.leave_out(finding, raw)
+
+
+_HELP = {
+    "template_refused": "repair the record, or give a template that takes it (--chat_template)",
+    "mask_unsure": "the record is kept in the quarantine; give a template that prints it plainly",
+    "nothing_to_train": "give an assistant turn text and a weight above 0, or leave the record out",
+    "tool_calls_not_printed": "use --unsupported_tools text, or a template that prints tool calls",
+    "control_token_in_text": "use --special_tokens_in_text encode, or remove the token's text",
+}
+
+
+def _finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
+    return Finding(
+        file=shown,
+        line=raw.line,
+        column=1,
+        byte_offset=raw.byte_offset,
+        code=refusal.code,
+        severity="error",
+        path=refusal.path,
+        message=refusal.message,
+        help=_HELP.get(refusal.code, ""),
+    )

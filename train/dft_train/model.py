@@ -1,0 +1,90 @@
+"""Loads the model to be trained, and makes it fit the dataset's tokenizer. Called by `trainer` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from dft_common.errors import SetupError
+from dft_common.fingerprint import load_tokenizer_json, tokenizer_meaning
+from dft_common.logs import get_logger
+from dft_common.manifest import Manifest
+from dft_common.schema import TOKENIZER_DIR
+from dft_train.arguments import Settings
+from dft_train.checks import TOKENIZER_JSON
+
+
+def choose_dtype(settings: Settings, args: TrainingArguments) -> torch.dtype | str:
+    """Of the weights as loaded: --torch_dtype, else DeepSpeed's own precision, else float32."""
+    if settings.torch_dtype is not None:
+        return "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
+    if args.deepspeed and (args.bf16 or args.fp16):
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return torch.float32
+
+
+def _warn_of_low_precision(settings: Settings, args: TrainingArguments, model: PreTrainedModel) -> None:
+    if not settings.eval_only and not args.deepspeed and model.dtype in (torch.bfloat16, torch.float16):
+        get_logger().warning(
+            "the weights are %s and without DeepSpeed there is no float32 copy: small updates are rounded away "
+            "(use --deepspeed, or --torch_dtype float32 --bf16)",
+            str(model.dtype).removeprefix("torch."),
+        )
+
+
+def load_model(settings: Settings, args: TrainingArguments, manifest: Manifest, attention: str) -> PreTrainedModel:
+    """The model, on the CPU or partitioned over the ranks (ZeRO-3), with a row for each id of the dataset."""
+    name = settings.model_name_or_path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=choose_dtype(settings, args),
+            attn_implementation=attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SetupError(
+            f"--model_name_or_path {name}: the model cannot be loaded: {first}",
+            remedy="give a causal language model with its weights; --trust_remote_code True where it brings code",
+        ) from None
+    _warn_of_low_precision(settings, args, model)
+    needed = manifest.tokenizer.vocab_size
+    if needed > model.config.get_text_config().vocab_size:
+        get_logger().info("embeddings are resized to %s rows for %s", f"{needed:,}", manifest.tokenizer.added_tokens)
+        model.resize_token_embeddings(needed)
+    return model
+
+
+def end_of_turn_id(dataset_dir: Path, manifest: Manifest) -> int | None:
+    """The id of the token that ends an assistant turn, where the template has one."""
+    token = manifest.template.end_of_turn
+    path = dataset_dir / TOKENIZER_DIR / TOKENIZER_JSON
+    if token is None or not path.is_file():
+        return None
+    return tokenizer_meaning(load_tokenizer_json(path))["vocabulary"].get(token)
+
+
+def teach_to_stop(model: PreTrainedModel, token_id: int | None) -> None:
+    """Let generation end at the end of a turn too, and make sure that the generation config can be saved."""
+    config: Any = model.generation_config
+    if config is None:
+        return
+    known = config.eos_token_id
+    ids = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
+    if token_id is not None and token_id not in ids:
+        ids.append(token_id)
+        config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        # Sampling options without sampling: loading allows it, saving refuses, hours later.
+        config.do_sample = True
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model, also where ZeRO-3 holds them in parts."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
