@@ -13,7 +13,8 @@ import numpy as np
 
 from dft_common.manifest import Counts, SplitInfo, encode_json
 from dft_common.schema import DATASET_DICT_NAME, SPLITS, TRAIN, VALIDATION, TokenDtype, datasets_features
-from dft_prep.shards import ShardWriter, read_part, read_part_keys
+from dft_prep.parts import read_part, read_part_keys
+from dft_prep.shards import ShardWriter
 from dft_prep.sources import Source
 from dft_prep.split import KEY_DTYPE, duplicates, in_validation
 from dft_prep.work import PartInfo

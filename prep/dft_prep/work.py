@@ -23,9 +23,10 @@ from dft_common.schema import TokenDtype
 from dft_prep.checks import check_conversation
 from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, make_encoder
+from dft_prep.parts import PartWriter
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
-from dft_prep.shards import PartWriter, Rows
+from dft_prep.rows import Rows
 from dft_prep.split import KEY_DTYPE, conversation_key
 from dft_prep.tokenizer_files import TokenizerFiles
 from dft_prep.units import Unit, unit_fingerprint

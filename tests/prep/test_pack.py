@@ -12,7 +12,8 @@ from dft_common.manifest import SplitInfo
 from dft_common.packs import PackIndex
 from dft_prep import pack
 from dft_prep.pack import PackOptions, best_fit_decreasing, pack_split
-from dft_prep.shards import Rows, ShardWriter
+from dft_prep.rows import Rows
+from dft_prep.shards import ShardWriter
 from dft_prep.split import KEY_DTYPE
 
 CAPACITY = 64

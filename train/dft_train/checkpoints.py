@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 
 from dft_common.errors import DataError, SetupError
-from dft_common.logs import get_logger
 from dft_common.manifest import encode_json, write_atomically
 from dft_common.schema import TOKENIZER_DIR
+from dft_train import launch
 
 STATE_NAME = "dft_train.json"
 _LAST = ("true", "yes", "1", "on")
@@ -91,7 +91,7 @@ def find_checkpoint(resume: str | None, output_dir: Path, *, deepspeed: bool) ->
     if resume.lower() in _LAST:
         checkpoint = _last_checkpoint(output_dir)
         if checkpoint is None:
-            get_logger().warning("--resume_from_checkpoint True: no checkpoint in %s, so this starts anew", output_dir)
+            launch.warn("--resume_from_checkpoint True: no checkpoint in %s, so this starts anew", output_dir)
             return None
     else:
         checkpoint = Path(resume)

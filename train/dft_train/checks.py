@@ -14,7 +14,6 @@ from typing import Any
 
 from dft_common.errors import DataError, SetupError
 from dft_common.fingerprint import describe_difference, load_tokenizer_json, tokenizer_fingerprint, tokenizer_meaning
-from dft_common.logs import get_logger
 from dft_common.manifest import Manifest
 from dft_common.schema import TEMPLATE_NAME, TOKENIZER_DIR
 from dft_train import launch
@@ -52,7 +51,7 @@ def choose_attention(settings: Settings) -> str:
     if wanted != FLASH:
         return wanted
     if not launch.has_accelerator():
-        get_logger().warning("flash_attention_2 needs a GPU and there is none: sdpa is used in its place")
+        launch.warn("flash_attention_2 needs a GPU and there is none: sdpa is used in its place")
         return "sdpa"
     if importlib.util.find_spec("flash_attn") is None:
         raise SetupError(
@@ -89,7 +88,7 @@ def model_tokenizer(settings: Settings) -> dict[str, Any] | None:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=settings.trust_remote_code)
         return json.loads(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        get_logger().warning("the model's tokenizer cannot be read: %s", str(error).splitlines()[0])
+        launch.warn("the model's tokenizer cannot be read: %s", str(error).splitlines()[0])
         return None
 
 
@@ -104,7 +103,7 @@ def check_tokenizer(settings: Settings, dataset_dir: Path, manifest: Manifest) -
     """Raise DataError where the dataset's ids mean other text to the model than they did to the build."""
     theirs = model_tokenizer(settings)
     if theirs is None:
-        get_logger().warning(
+        launch.warn(
             "%s has no tokenizer files, so it cannot be compared with the dataset's", settings.model_name_or_path
         )
         return
@@ -138,7 +137,7 @@ def check_vocabulary(settings: Settings, manifest: Manifest, config: Any) -> Non
 def check_length(max_length: int, config: Any) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and max_length > limit:
-        get_logger().warning(
+        launch.warn(
             "packs hold up to %s tokens, the model was made for positions up to %s: a longer conversation is beyond it",
             f"{max_length:,}",
             f"{limit:,}",
@@ -159,6 +158,6 @@ def check_template(settings: Settings, dataset_dir: Path) -> None:
     path = dataset_dir / TOKENIZER_DIR / TEMPLATE_NAME
     theirs = _model_template(settings.model_name_or_path)
     if theirs is not None and path.is_file() and theirs.strip() != path.read_text("utf-8").strip():
-        get_logger().warning(
+        launch.warn(
             "the dataset was rendered with another chat template than the model's: the dataset's goes into checkpoints"
         )

@@ -11,6 +11,8 @@ import socket
 import warnings
 from typing import Any
 
+from dft_common import logs
+
 NOISY = ("DeepSpeed", "deepspeed", "accelerate", "datasets", "torch.distributed", "torch.utils.cpp_extension")
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -18,6 +20,12 @@ _QUIET = {
     "DEEPSPEED_LOG_LEVEL": "warning",
     "DS_SKIP_CUDA_CHECK": "1",
 }
+
+
+def warn(message: str, *values: Any) -> None:
+    """Warn of what every rank finds alike: rank 0 says it, once."""
+    if logs.rank_and_world_size()[0] == 0:
+        logs.get_logger().warning(message, *values)
 
 
 def quieten() -> None:

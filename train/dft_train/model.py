@@ -13,6 +13,7 @@ from dft_common.fingerprint import load_tokenizer_json, tokenizer_meaning
 from dft_common.logs import get_logger
 from dft_common.manifest import Manifest
 from dft_common.schema import TOKENIZER_DIR
+from dft_train import launch
 from dft_train.arguments import Settings
 from dft_train.checks import TOKENIZER_JSON
 
@@ -28,7 +29,7 @@ def choose_dtype(settings: Settings, args: TrainingArguments) -> torch.dtype | s
 
 def _warn_of_low_precision(settings: Settings, args: TrainingArguments, model: PreTrainedModel) -> None:
     if not settings.eval_only and not args.deepspeed and model.dtype in (torch.bfloat16, torch.float16):
-        get_logger().warning(
+        launch.warn(
             "the weights are %s and without DeepSpeed there is no float32 copy: small updates are rounded away "
             "(use --deepspeed, or --torch_dtype float32 --bf16)",
             str(model.dtype).removeprefix("torch."),

@@ -59,7 +59,7 @@ def estimate_memory(parameters: int, *, stage: int, half: bool, offload: bool, w
     )
 
 
-def parameters_of(config: Any, *, trust_remote_code: bool) -> int:
+def parameters_of(config: Any, trust_remote_code: bool) -> int:
     """Parameters of a model of this configuration; no weights are made."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

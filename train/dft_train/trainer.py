@@ -42,9 +42,7 @@ def _dataset(settings: Settings) -> contextlib.AbstractContextManager[Path]:
         return built_dataset(settings)
     ignored = [f"--{name}" for name in settings.build if name not in ("max_length", "seed")]
     if ignored:
-        logs.get_logger().warning(
-            "%s only take part in a build: with --dataset_dir they change nothing", ", ".join(ignored)
-        )
+        launch.warn("%s only take part in a build: with --dataset_dir they change nothing", ", ".join(ignored))
     return contextlib.nullcontext(settings.dataset_dir)
 
 
@@ -87,7 +85,7 @@ def _refuse_nothing_to_evaluate(settings: Settings, data: _Data) -> None:
     if settings.eval_only:
         raise DataError(what, remedy="build the dataset with a larger --validation_split_percentage")
     if settings.training.get("eval_strategy", "no") != "no":
-        logs.get_logger().warning("%s, so nothing is evaluated", what)
+        launch.warn("%s, so nothing is evaluated", what)
 
 
 def _make_trainer(settings: Settings, data: _Data, args: Any) -> Any:
@@ -123,6 +121,7 @@ def _evaluate(settings: Settings, data: _Data, args: Any) -> None:
 
 def _train(settings: Settings, data: _Data, args: Any) -> None:
     from dft_train.checkpoints import find_checkpoint, read_state
+    from dft_train.trackers import open_trackers
 
     checkpoint = find_checkpoint(settings.resume, settings.output_dir, deepspeed=bool(args.deepspeed))
     trainer = _make_trainer(settings, data, args)
@@ -130,6 +129,8 @@ def _train(settings: Settings, data: _Data, args: Any) -> None:
         step = int(checkpoint.name.rpartition("-")[2])
         trainer.restore(read_state(checkpoint, trainer.run_state([])), step)
         logs.get_logger().info("going on from %s", checkpoint)
+    if trainer.is_world_process_zero():
+        open_trackers(args.report_to, run_name=args.run_name, resumes=checkpoint is not None)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     trainer.save_state()
@@ -153,16 +154,18 @@ def run(settings: Settings) -> int:
             launch.quieten_transformers()
             data = _open(settings, directory)
             _refuse_nothing_to_evaluate(settings, data)
+            from dft_train.plan import describe, parameters_of, report_memory
             from dft_train.training_arguments import make_training_arguments
 
+            # Counted before DeepSpeed is known to transformers: its ZeRO-3 would want real weights.
+            parameters = parameters_of(data.config, settings.trust_remote_code) if settings.dry_run else 0
             args = make_training_arguments(settings, evaluates=data.evaluation is not None)
         from dft_train.loop import train_layout
-        from dft_train.plan import describe, parameters_of, report_memory
 
         if data.train is not None:
             logs.get_logger().info("%s", describe(data.train, data.evaluation, train_layout(args), args))
         if settings.dry_run:
-            report_memory(parameters_of(data.config, trust_remote_code=settings.trust_remote_code), args)
+            report_memory(parameters, args)
         elif settings.eval_only:
             _evaluate(settings, data, args)
         else:

@@ -6,43 +6,27 @@ variable of its tensorboard callback); both keep the meaning they had.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
 from transformers import TrainingArguments
 
 from dft_common.errors import SetupError
-from dft_common.flags import nearest
 from dft_common.logs import get_logger
 from dft_train import launch
 from dft_train.arguments import Settings
 from dft_train.deepspeed_config import choose_precision, read_deepspeed, working_copy, zero_stage
+from dft_train.trackers import check_trackers
 
-TRACKERS = {"wandb": "wandb", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio"}
-"""Tracker -> the module it needs. All but trackio are extras of this distribution."""
 _ALL_OF_WARMUP = 1 - 1e-9
 _DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
     "log_level": "error",
+    # Every parameter of a causal language model is used; looking for unused ones costs a pass over the graph.
+    "ddp_find_unused_parameters": False,
     # It would put an average in place of a loss that is not finite, and wait for the device at every micro-batch.
     "logging_nan_inf_filter": False,
 }
-
-
-def check_trackers(names: list[str]) -> None:
-    """Raise SetupError for a tracker that is unknown or not installed."""
-    for name in names:
-        if name in ("none", "all"):
-            continue
-        if name not in TRACKERS:
-            raise SetupError(
-                f"--report_to {name}: unknown tracker{nearest(name, TRACKERS).replace('--', '')}",
-                remedy=f"known are {', '.join(TRACKERS)} and none",
-            )
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            extra = name if name == "trackio" else f"'dft-toolkit[{name}]'"
-            raise SetupError(f"--report_to {name}: {name} is not installed", remedy=f"run `pip install {extra}`")
 
 
 def _warm_up(settings: Settings, fields: dict[str, Any]) -> None:
@@ -93,7 +77,7 @@ def make_training_arguments(settings: Settings, *, evaluates: bool) -> TrainingA
         raise SetupError(f"TrainingArguments: {error}", remedy="`dft-train --help_all` explains each field") from None
     if device_count > 1:
         # torch's DataParallel would split batches behind the sampler's back.
-        get_logger().warning("one process trains on one device; start one per device with torchrun or deepspeed")
+        launch.warn("one process trains on one device; start one per device with torchrun or deepspeed")
         args._n_gpu = 1
     if args.deepspeed:
         launch.join_ranks()
