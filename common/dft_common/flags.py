@@ -56,6 +56,9 @@ class _SourceType(click.ParamType):
 def _click_type(flag: Flag) -> click.ParamType:
     if flag.choices:
         return click.Choice(flag.choices)
+    unbounded = flag.minimum is None and flag.maximum is None
+    if flag.kind in ("int", "float") and unbounded:
+        return click.INT if flag.kind == "int" else click.FLOAT
     if flag.kind == "int":
         low, high = (int(bound) if bound is not None else None for bound in (flag.minimum, flag.maximum))
         return click.IntRange(min=low, max=high)

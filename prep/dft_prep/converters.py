@@ -1,0 +1,189 @@
+"""Small converters from what is found in the wild to the canonical message: roles, contents, calls, tools, weights.
+
+Called by `reconcile`. None of them changes a character of a text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from dft_common.records import ROLES, ToolCall
+
+OPENAI_ROLES = {**{role: role for role in ROLES}, "function": "tool"}
+SHAREGPT_ROLES = {
+    **OPENAI_ROLES,
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+CALL_ROLES = ("function_call", "tool_call")
+
+_TEXT_KEYS = ("text", "value", "content")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING_PARTS = ("reasoning", "thinking")
+_CALL_PARTS = ("tool_call", "function_call")
+
+
+class RecordError(Exception):
+    """A record that cannot be reconciled: `code`, where in it (`path`), what was found, what to do."""
+
+    def __init__(self, code: str, path: str, message: str, help: str) -> None:
+        super().__init__(message)
+        self.code, self.path, self.message, self.help = code, path, message, help
+
+
+class Content(msgspec.Struct, frozen=True, kw_only=True):
+    """What a list of parts holds."""
+
+    text: str | None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+def type_name(value: Any) -> str:
+    """The JSON name of a value's type, for messages."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def to_role(role: Any, known: Mapping[str, str], path: str) -> str:
+    found = known.get(role) if isinstance(role, str) else None
+    if found is None:
+        shown = ", ".join(sorted({name for name in known if known is SHAREGPT_ROLES or name in ROLES}))
+        close = difflib.get_close_matches(role, known, n=1) if isinstance(role, str) else []
+        help = f"did you mean {close[0]!r}?" if close else "rename the role, or leave the record out"
+        raise RecordError("unknown_role", path, f"got {role!r}, expected one of {shown}", help)
+    return found
+
+
+def to_content(value: Any, path: str) -> Content:
+    """Text, or a list of parts: texts joined without adding a character, reasoning and tool calls apart."""
+    if isinstance(value, str) or value is None:
+        return Content(text=value)
+    if not isinstance(value, list):
+        message = f"got {type_name(value)}, expected text or a list of parts"
+        raise RecordError("content_type", path, message, "write the content as text")
+    texts: list[str] = []
+    reasons: list[str] = []
+    calls: list[ToolCall] = []
+    for number, part in enumerate(value):
+        _add_part(part, f"{path}[{number}]", texts, reasons, calls)
+    return Content(
+        text="".join(texts) if texts else None,
+        reasoning="".join(reasons) if reasons else None,
+        tool_calls=tuple(calls),
+    )
+
+
+def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls: list[ToolCall]) -> None:
+    if isinstance(part, str):
+        texts.append(part)
+        return
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind not in (*_TEXT_PARTS, *_REASONING_PARTS, *_CALL_PARTS):
+        found = f"a part of type {kind!r}" if isinstance(part, dict) else type_name(part)
+        message = f"got {found}; text, reasoning and tool_call can be trained"
+        raise RecordError(
+            "unsupported_part", path, message, "leave the record out: pictures and sounds are not trained"
+        )
+    keys = (kind, *_TEXT_KEYS)
+    value = next((part[key] for key in keys if part.get(key) is not None), None)
+    if kind in _CALL_PARTS:
+        calls += to_tool_calls_from_text(value, path) if isinstance(value, str) else [to_tool_call(value, path)]
+    elif not isinstance(value, str):
+        message = f"got {type_name(value)} as the part's text"
+        raise RecordError("content_type", path, message, "write the part as {'type': 'text', 'text': ...}")
+    else:
+        (reasons if kind in _REASONING_PARTS else texts).append(value)
+
+
+class _WrittenCall(msgspec.Struct):
+    name: str
+    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+def _written_arguments(raw: msgspec.Raw) -> str:
+    text = bytes(raw).decode()
+    # Arguments that are a JSON text inside a JSON text.
+    return msgspec.json.decode(raw) if text.startswith('"') else text
+
+
+def to_tool_calls_from_text(text: str, path: str) -> list[ToolCall]:
+    """A call that the source wrote as JSON text, or a list of calls. The arguments stay as they were written."""
+    try:
+        if text.lstrip().startswith("["):
+            written = msgspec.json.decode(text, type=list[_WrittenCall])
+            return [ToolCall(name=call.name, arguments=_written_arguments(call.arguments)) for call in written]
+        call = msgspec.json.decode(text, type=_WrittenCall)
+        return [ToolCall(name=call.name, arguments=_written_arguments(call.arguments), verbatim=text)]
+    except (msgspec.MsgspecError, RecursionError) as error:
+        message = f"not a tool call as JSON with a name: {error}"
+        raise RecordError("bad_tool_calls", path, message, 'write it as {"name": ..., "arguments": {...}}') from None
+
+
+def to_tool_call(value: Any, path: str) -> ToolCall:
+    """OpenAI's form (`{"id", "function": {"name", "arguments"}}`), or the function alone."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not isinstance(function, dict):
+        raise RecordError(
+            "bad_tool_calls", path, "a tool call without a function's name", 'write it as {"function": {"name": ...}}'
+        )
+    arguments = function.get("arguments", function.get("parameters"))
+    if arguments is None:
+        arguments = "{}"
+    elif not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+    identity = value.get("id")
+    return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
+
+
+def to_tool_calls(value: Any, path: str) -> tuple[ToolCall, ...]:
+    if isinstance(value, str):
+        return tuple(to_tool_calls_from_text(value, path))
+    if not isinstance(value, list):
+        message = f"got {type_name(value)}, expected a list"
+        raise RecordError("bad_tool_calls", path, message, "write tool_calls as a list of calls")
+    return tuple(to_tool_call(call, f"{path}[{number}]") for number, call in enumerate(value))
+
+
+def to_tools(value: Any, path: str) -> tuple[Any, ...]:
+    """Tools as a list, as JSON text of a list, or as one tool."""
+    if isinstance(value, str):
+        if not value.strip():
+            return ()
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RecordError("bad_tools", path, f"not JSON: {error}", "write the tools as a list") from None
+    if isinstance(value, dict):
+        value = [value]
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict | str) for tool in value):
+        message = f"got {type_name(value)}, expected a list of tools"
+        raise RecordError("bad_tools", path, message, "write each tool as an object, its JSON schema")
+    return tuple(value)
+
+
+def to_weight(value: Any, path: str) -> float:
+    if isinstance(value, bool):
+        return float(value)
+    if isinstance(value, int | float) and 0 <= value <= 1:
+        return float(value)
+    raise RecordError(
+        "bad_weight", path, f"got {value!r}, expected a number from 0 to 1", "0 is context only, 1 trains"
+    )

@@ -1,0 +1,177 @@
+"""What the user named -> named sources, each with its files in a fixed order.
+
+Called by `build`, `show` and `validate_command`. Each argument is one source: a file, a glob, a directory, an
+fsspec URL, `NAME=PATH`, or a mapping from a config file.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dft_common.errors import SetupError
+
+_NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
+_DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst))?$", re.IGNORECASE)
+_KEYS = ("name", "path", "split", "max_conversations")
+
+
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
+    path: str
+    """What is opened: a local path or an fsspec URL."""
+    shown: str
+    """As the user would name it, for findings."""
+    relative: str
+    """Relative to what the user named: the same wherever the corpus lies."""
+    size: int
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    files: tuple[SourceFile, ...]
+    split: Literal["train", "validation"] | None = None
+    """Where all of it goes, or None: by content hash."""
+    max_conversations: int | None = None
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def resolve_sources(arguments: Sequence[Any]) -> list[Source]:
+    """The sources that `--data_files` names. Raises SetupError where one names nothing that can be read."""
+    if not arguments:
+        raise SetupError("--data_files is missing", remedy="give files, globs or directories")
+    parsed = [_parse(argument) for argument in arguments]
+    given = Counter(mapping["name"] for mapping in parsed if "name" in mapping)
+    for name, times in given.items():
+        if times > 1:
+            raise SetupError(f"--data_files: {times} sources are named {name!r}", remedy="give each its own name")
+    sources: list[Source] = []
+    taken = set(given)
+    for mapping in parsed:
+        path = mapping["path"]
+        name = mapping.get("name") or _free_name(_default_name(path), taken)
+        taken.add(name)
+        sources.append(
+            Source(
+                name=name,
+                files=tuple(_find(path)),
+                split=mapping.get("split"),
+                max_conversations=mapping.get("max_conversations"),
+            )
+        )
+    return sources
+
+
+def _parse(argument: Any) -> dict[str, Any]:
+    if isinstance(argument, dict):
+        return _check_mapping(argument)
+    path = str(argument)
+    match = _NAMED.fullmatch(path)
+    if match and not os.path.lexists(path) and not is_url(path.split("=", 1)[0]):
+        return {"name": match[1], "path": match[2]}
+    return {"path": path}
+
+
+def _check_mapping(mapping: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(mapping) - set(_KEYS))
+    if unknown or not isinstance(mapping.get("path"), str):
+        found = f"unknown key {unknown[0]!r}" if unknown else "no `path`"
+        raise SetupError(f"data_files: {found} in {mapping}", remedy=f"the keys are {', '.join(_KEYS)}")
+    if mapping.get("split") not in (None, "train", "validation"):
+        raise SetupError(f"data_files: split {mapping['split']!r}", remedy="it is train or validation")
+    limit = mapping.get("max_conversations")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise SetupError(f"data_files: max_conversations {limit!r}", remedy="give a number above 0")
+    return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _default_name(path: str) -> str:
+    """`data/chat.jsonl.gz` -> `chat`; a directory's own name; what is odd in it becomes `_`."""
+    base = _DATA_SUFFIX.sub("", path.rstrip("/").rsplit("/", 1)[-1])
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", base).strip("_.") or "source"
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def _find(path: str) -> list[SourceFile]:
+    if is_url(path):
+        return _find_url(path)
+    if Path(path).is_dir():
+        return _find_in_directory(path)
+    if os.path.lexists(path):
+        return [_local_file(path, Path(path).name)]
+    if glob.has_magic(path):
+        found = sorted(item for item in glob.glob(path, recursive=True) if not Path(item).is_dir())
+        if not found:
+            raise SetupError(
+                f"--data_files {path}: no file matches", remedy="check the pattern; quote it from the shell"
+            )
+        root = os.path.commonpath([str(Path(item).parent) for item in found])
+        return [_local_file(item, os.path.relpath(item, root)) for item in found]
+    raise SetupError(f"--data_files {path}: there is no such file", remedy="check the path")
+
+
+def _find_in_directory(directory: str) -> list[SourceFile]:
+    """Every data file below `directory`, by path. Links to directories are not followed, so that none can loop."""
+    found = []
+    for root, folders, names in os.walk(directory):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        found += [os.path.join(root, name) for name in names if _DATA_SUFFIX.search(name) and name[0] != "."]  # noqa: PTH118
+    if not found:
+        raise SetupError(
+            f"--data_files {directory}: no data file in this directory",
+            remedy="it should hold .json, .jsonl, .ndjson or .parquet files, plain or as .gz or .zst",
+        )
+    return [_local_file(item, os.path.relpath(item, directory)) for item in sorted(found)]
+
+
+def _local_file(path: str, relative: str) -> SourceFile:
+    try:
+        with Path(path).open("rb"):
+            size = Path(path).stat().st_size
+    except OSError as error:
+        raise SetupError(
+            f"--data_files {path}: {error.strerror}", remedy="check the path and its permissions"
+        ) from None
+    return SourceFile(path=path, shown=path, relative=Path(relative).as_posix(), size=size)
+
+
+def _find_url(url: str) -> list[SourceFile]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        paths = sorted(system.find(path)) if system.isdir(path) else sorted(system.glob(path))
+        if system.isdir(path):
+            paths = [item for item in paths if _DATA_SUFFIX.search(item)]
+        sizes = [int(system.size(item) or 0) for item in paths]
+    except ImportError as error:
+        raise SetupError(f"--data_files {url}: {error}", remedy="install the package that it names") from None
+    except (OSError, ValueError) as error:
+        raise SetupError(f"--data_files {url}: {error}", remedy="check the URL and your access") from None
+    if not paths:
+        raise SetupError(f"--data_files {url}: no file matches", remedy="check the URL")
+    root = os.path.commonpath([item.rsplit("/", 1)[0] for item in paths])
+    return [
+        SourceFile(
+            path=system.unstrip_protocol(item),
+            shown=system.unstrip_protocol(item),
+            relative=item[len(root) :].lstrip("/"),
+            size=size,
+        )
+        for item, size in zip(paths, sizes, strict=True)
+    ]

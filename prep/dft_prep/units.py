@@ -1,0 +1,81 @@
+"""A file -> work units: pieces small enough to balance over workers and to lose when a build is killed.
+
+Called by `build`. Plain JSONL is cut into byte ranges; everything else (compressed files, JSON arrays, Parquet)
+is one unit a file. Units do not depend on the number of workers, so that neither does the dataset.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import xxhash
+
+from dft_common.fingerprint import HASH_CHUNK
+from dft_common.logs import get_logger
+from dft_prep.files import Compression, Kind, open_raw, sniff
+from dft_prep.sources import SourceFile
+
+UNIT_BYTES = 8 << 20
+
+
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
+    """A range of a file. Lines belong to the range in which they begin."""
+
+    file: SourceFile
+    source: str
+    kind: Kind
+    compression: Compression
+    start: int
+    end: int
+    """-1: to the file's end."""
+
+
+def plan_units(file: SourceFile, source: str) -> list[Unit]:
+    """The work units of a file, in order. Raises DataError where the file holds no chat data."""
+    compression, kind = sniff(file)
+    if kind is None:
+        get_logger().warning("%s: is empty", file.shown)
+        return []
+    if kind != "lines" or compression != "none":
+        return [Unit(file=file, source=source, kind=kind, compression=compression, start=0, end=-1)]
+    starts = range(0, max(1, file.size), UNIT_BYTES)
+    return [
+        Unit(
+            file=file,
+            source=source,
+            kind=kind,
+            compression=compression,
+            start=start,
+            end=start + UNIT_BYTES if start + UNIT_BYTES < file.size else -1,
+        )
+        for start in starts
+    ]
+
+
+def line_range(unit: Unit) -> tuple[int, int]:
+    """Offsets of the first byte of the unit's first line, and of the byte behind its last (-1: the file's end)."""
+    with open_raw(unit.file) as raw:
+
+        def next_line(position: int) -> int:
+            if position <= 0:
+                return position
+            raw.seek(position - 1)
+            raw.readline()
+            return raw.tell()
+
+        return next_line(unit.start), next_line(unit.end)
+
+
+def unit_fingerprint(unit: Unit) -> str:
+    """Hash of the unit's bytes: of its lines, or of the whole file as it lies there."""
+    first, last = line_range(unit) if unit.kind == "lines" and unit.compression == "none" else (0, -1)
+    state = xxhash.xxh3_128()
+    with open_raw(unit.file) as raw:
+        raw.seek(first)
+        left = last - first if last >= 0 else None
+        while left is None or left > 0:
+            chunk = raw.read(HASH_CHUNK if left is None else min(left, HASH_CHUNK))
+            if not chunk:
+                break
+            state.update(chunk)
+            left = left if left is None else left - len(chunk)
+    return state.hexdigest()

@@ -1,0 +1,161 @@
+"""The one judgement on a raw record: a canonical conversation, or a finding that says what is wrong.
+
+Called by `work` (build), `show` (preview) and `validate_command`, so that they can never disagree. RFC 8259
+decides what is JSON: msgspec decodes, and the standard library judges what msgspec refuses.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import msgspec
+
+from dft_common.records import Conversation, Finding
+from dft_prep.codes import CODES
+from dft_prep.converters import RecordError
+from dft_prep.readers import RawRecord
+from dft_prep.reconcile import reconcile
+
+_decode = msgspec.json.Decoder().decode
+
+
+class Judged(msgspec.Struct, frozen=True, kw_only=True):
+    """A good record."""
+
+    conversation: Conversation
+    ignored: tuple[str, ...]
+    notes: tuple[Finding, ...]
+    """Warnings that do not leave it out."""
+
+
+class _Illegal(Exception):
+    """Not JSON: code, message, characters before the place, and what to do."""
+
+    def __init__(self, code: str, message: str, position: int, help: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.position = code, message, position
+        self.help = help or CODES[code].remedy
+
+
+def judge(raw: RawRecord, shown: str) -> Judged | Finding:
+    """Judge one record of the file that findings call `shown`."""
+    if raw.problem is not None:
+        code, message = raw.problem
+        return _finding(raw, shown, code, "$", message, CODES[code].remedy)
+    exact = True
+    try:
+        value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        exact = False
+        try:
+            value = _by_the_standard(raw)
+        except _Illegal as error:
+            return _illegal(raw, shown, error)
+    try:
+        reconciled = reconcile(value)
+        if not exact or isinstance(raw.data, dict):
+            _refuse_surrogates(reconciled.conversation)
+    except RecordError as error:
+        return _finding(raw, shown, error.code, error.path, error.message, error.help)
+    except RecursionError:
+        return _finding(raw, shown, "too_deep", "$", "nested too deep", CODES["too_deep"].remedy)
+    conversation = reconciled.conversation
+    return Judged(conversation=conversation, ignored=reconciled.ignored, notes=_notes(conversation, raw, shown))
+
+
+def _by_the_standard(raw: RawRecord) -> Any:
+    """What the standard library makes of a text that msgspec refuses: legal JSON is a value, all else _Illegal."""
+    assert isinstance(raw.data, bytes)
+    try:
+        text = raw.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"byte 0x{raw.data[error.start]:02x} at byte {error.start + 1} of the record is not UTF-8"
+        before = len(raw.data[: error.start].decode("utf-8"))
+        raise _Illegal("invalid_utf8", message, before) from None
+
+    def refuse_constant(name: str) -> None:
+        raise _Illegal("nan", f"found {name}, which is not JSON", max(0, text.find(name)))
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        if raw.cut:
+            raise _Illegal("cut_line", f"the file ends inside this record ({error.msg})", error.pos) from None
+        raise _Illegal("invalid_json", f"not JSON: {error.msg}", error.pos, _json_help(text, error)) from None
+    except RecursionError:
+        raise _Illegal("too_deep", "nested too deep", 0) from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise _Illegal("invalid_json", f"not readable: {error}", 0) from None
+
+
+def _json_help(text: str, error: json.JSONDecodeError) -> str:
+    if error.msg == "Extra data":
+        return "write one record a line"
+    if text[: error.pos].rstrip().endswith(","):
+        return "remove the comma before the closing bracket"
+    return CODES["invalid_json"].remedy
+
+
+def _illegal(raw: RawRecord, shown: str, error: _Illegal) -> Finding:
+    assert isinstance(raw.data, bytes)
+    before = raw.data.decode("utf-8", "replace")[: error.position]
+    line = raw.line + before.count("\n")
+    column = len(before) - (before.rfind("\n") + 1) + 1
+    finding = _finding(raw, shown, error.code, "$", error.message, error.help)
+    return msgspec.structs.replace(finding, line=line, column=column)
+
+
+def _refuse_surrogates(conversation: Conversation) -> None:
+    for number, message in enumerate(conversation.messages):
+        texts = [message.content, message.reasoning, message.name]
+        texts += [text for call in message.tool_calls for text in (call.name, call.arguments)]
+        for text in texts:
+            try:
+                (text or "").encode("utf-8")
+            except UnicodeEncodeError as error:
+                found = f"half a surrogate pair at character {error.start + 1}"
+                raise RecordError("lone_surrogate", f"$.messages[{number}]", found, "repair the escape") from None
+
+
+def _notes(conversation: Conversation, raw: RawRecord, shown: str) -> tuple[Finding, ...]:
+    messages = conversation.messages
+    if messages[-1].role == "assistant" and all(message.content != "" for message in messages):
+        return ()
+    notes = []
+    if messages[-1].role != "assistant":
+        path = f"$.messages[{len(messages) - 1}]"
+        notes.append(_finding(raw, shown, "no_reply_at_end", path, f"ends with a {messages[-1].role} turn", ""))
+    for number, message in enumerate(messages):
+        empty = message.content == "" and not message.tool_calls and message.reasoning is None
+        if message.role == "assistant" and empty:
+            notes.append(_finding(raw, shown, "empty_reply", f"$.messages[{number}].content", "the reply is empty", ""))
+    return tuple(notes)
+
+
+def _finding(raw: RawRecord, shown: str, code: str, path: str, message: str, help: str) -> Finding:
+    return Finding(
+        file=shown,
+        line=raw.line,
+        column=1,
+        byte_offset=raw.byte_offset,
+        code=code,
+        severity=CODES[code].severity,
+        path=path,
+        message=message,
+        help=help or CODES[code].remedy,
+    )
+
+
+def quarantine_line(finding: Finding, raw: RawRecord) -> bytes:
+    """One line of quarantine.jsonl: the finding, and the record's bytes (as base64 where they are not UTF-8)."""
+    entry = msgspec.structs.asdict(finding)
+    if isinstance(raw.data, dict):
+        entry["raw"] = json.dumps(raw.data, ensure_ascii=False, default=str)
+    else:
+        try:
+            entry["raw"] = raw.data.decode("utf-8")
+        except UnicodeDecodeError:
+            entry["raw_base64"] = base64.b64encode(raw.data).decode()
+    return json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -1,0 +1,186 @@
+"""What is refused before a model is loaded: one message, a remedy, the right exit code, no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from train import handmade
+
+
+@pytest.fixture
+def copied(dataset, tmp_path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "copied"))
+
+
+@pytest.fixture
+def attempt(train_here, qwen3, tmp_path):
+    """Try to train one step on a dataset: (exit code, stderr)."""
+
+    def run(data: Path, *more: object, model: Path = qwen3) -> tuple[int, str]:
+        return train_here(
+            "--dataset_dir", data, "--model_name_or_path", model, "--output_dir", tmp_path / "run", "--max_steps", 1,
+            "--save_strategy", "no", *more,
+        )  # fmt: skip
+
+    return run
+
+
+def refused(outcome: tuple[int, str], code: int, *texts: str) -> None:
+    found, error = outcome
+    assert found == code, error
+    assert error.count("error: ") == 1 and "what to do: " in error, error
+    assert "loaded in" not in error
+    for text in texts:
+        assert text in error, error
+
+
+def test_a_dataset_that_is_none(attempt, copied, tmp_path):
+    (copied / "manifest.json").unlink()
+    refused(attempt(copied), 1, "no manifest.json", "dft-prep build")
+    refused(attempt(tmp_path / "nowhere"), 1, "no such dataset directory")
+
+
+def test_a_shard_of_another_size(attempt, copied):
+    shard = copied / "train" / "data-00000-of-00002.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(attempt(copied), 1, str(shard), "in the manifest")
+    shard.unlink()
+    refused(attempt(copied), 1, "the shard is missing")
+
+
+def test_a_shard_with_other_content_is_found_when_it_is_read(attempt, copied):
+    shard = copied / "train" / "data-00001-of-00002.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    code, error = attempt(copied, "--num_train_epochs", 1, "--max_steps", -1)
+    assert code == 1 and f"{shard}: checksum" in error and "dft-prep verify" in error
+
+
+def test_a_damaged_pack_index(attempt, copied):
+    path = next((copied / "packs").glob("train-*.arrow"))
+    path.write_bytes(path.read_bytes() + b"x")
+    refused(attempt(copied), 1, "the pack index is damaged")
+
+
+def changed_tokenizer(model: Path, to: Path, change) -> Path:
+    shutil.copytree(model, to)
+    path = to / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    change(tokenizer)
+    path.write_text(json.dumps(tokenizer))
+    return to
+
+
+def test_a_tokenizer_that_means_something_else(attempt, dataset, qwen3, tmp_path):
+    def swap(tokenizer):
+        vocab = tokenizer["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    other = changed_tokenizer(qwen3, tmp_path / "other", swap)
+    refused(attempt(dataset, model=other), 1, "vocabulary: 2 differ", f"--tokenizer {other}", "--overwrite")
+
+    def no_end(tokenizer):
+        tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != handmade.END]
+
+    other = changed_tokenizer(qwen3, tmp_path / "no-end", no_end)
+    refused(attempt(dataset, model=other), 1, "only the dataset has '<|im_end|>'")
+
+
+def test_a_tokenizer_written_otherwise_means_the_same(attempt, dataset, qwen3, tmp_path):
+    def rewrite(tokenizer):
+        tokenizer["model"]["vocab"] = dict(reversed(tokenizer["model"]["vocab"].items()))
+
+    code, error = attempt(dataset, model=changed_tokenizer(qwen3, tmp_path / "same", rewrite))
+    assert code == 0, error
+
+
+def test_another_template_is_a_warning_and_the_datasets_is_kept(attempt, dataset, qwen3, tmp_path):
+    other = Path(shutil.copytree(qwen3, tmp_path / "other"))
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    code, error = attempt(dataset, model=other)
+    assert code == 0 and error.count("another chat template") == 1
+    assert (tmp_path / "run" / "chat_template.jinja").read_text() == handmade.TEMPLATE
+
+
+def test_a_model_without_a_tokenizer_is_a_warning(attempt, dataset, qwen3, tmp_path):
+    bare = Path(shutil.copytree(qwen3, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    code, error = attempt(dataset, model=bare)
+    assert code == 0 and "cannot be compared" in error
+
+
+def test_a_vocabulary_that_does_not_fit(attempt, dataset, tmp_path):
+    small = handmade.write_model(tmp_path / "small", "qwen3", vocab=200, eos_token_id=1, pad_token_id=1)
+    refused(attempt(dataset, model=small), 1, "259 ids", "embeddings for 200")
+
+
+def test_tokens_that_the_build_added_get_embeddings(attempt, rows, qwen3, tmp_path):
+    data = handmade.write_dataset(tmp_path / "added", *rows, added=("<|extra|>", "<|more|>"))
+    code, error = attempt(data)
+    assert code == 0 and "resized to 261 rows" in error
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.get_output_embeddings().weight.shape[0] == 261
+    # A checkpoint of such a run has them already, and is what the dataset was made with.
+    code, error = attempt(data, model=tmp_path / "run")
+    assert code == 0 and "resized" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "texts"),
+    [
+        (("--learnig_rate", 1), ("unknown flag --learnig_rate (did you mean --learning_rate?)",)),
+        (("--warmup-ration", 1), ("did you mean --warmup_ratio?",)),
+        (("--attn_implementation", "flex_attention"), ("expected one of sdpa, eager, flash_attention_2",)),
+        (("--report_to", "tensorbord"), ("did you mean tensorboard?",)),
+        (("--report_to", "trackio"), ("trackio is not installed",)),
+        (("--label_smoothing_factor", 0.1), ("not supported",)),
+        (("--lr_scheduler_type", "spiral"), ("spiral is not a valid",)),
+        (("--deepspeed", "nowhere.json"), ("No such file",)),
+        (("--resume_from_checkpoint", "nowhere"), ("no such directory",)),
+        (("--model_name_or_path", "./nowhere"), ("no such directory",)),
+    ],
+)
+def test_a_wrong_command_line(flags, texts, attempt, dataset):
+    refused(attempt(dataset, *flags), 2, *texts)
+
+
+def test_neither_or_both_datasets(train_here, qwen3, dataset, tmp_path):
+    common = ("--model_name_or_path", qwen3, "--output_dir", tmp_path / "run")
+    refused(train_here(*common), 2, "found neither")
+    refused(train_here(*common, "--dataset_dir", dataset, "--data_files", "a.jsonl"), 2, "found both")
+
+
+def test_a_length_without_an_index(attempt, dataset):
+    refused(attempt(dataset, "--max_length", 128), 1, "no pack index", "dft-prep pack", "--max_length 128")
+
+
+def test_longer_than_the_model_is_a_warning(attempt, rows, tmp_path, tokenizer):
+    short = handmade.write_model(tmp_path / "short", "qwen3", max_position_embeddings=32)
+    data = handmade.write_dataset(tmp_path / "data", *rows)
+    code, error = attempt(data, model=short)
+    assert code == 0 and "up to 64 tokens" in error and "positions up to 32" in error
+
+
+def test_flags_of_a_build_change_nothing_with_a_dataset(attempt, dataset):
+    code, error = attempt(dataset, "--deduplicate", "False")
+    assert code == 0 and "--deduplicate only take part in a build" in error
+
+
+def test_a_dry_run_trains_nothing(attempt, dataset, tmp_path):
+    code, error = attempt(dataset, "--dry_run", "--per_device_train_batch_size", 2)
+    assert code == 0
+    assert "2 packs a step" in error and "GiB" in error and "parameters" in error
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_sixteen_bits_without_deepspeed_are_warned_of(attempt, dataset):
+    code, error = attempt(dataset, "--torch_dtype", "bfloat16")
+    assert code == 0 and "no float32 copy" in error
+    assert torch.get_default_dtype() == torch.float32
