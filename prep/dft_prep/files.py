@@ -45,7 +45,8 @@ def open_raw(file: SourceFile) -> BinaryIO:
         if is_url(file.path):
             import fsspec
 
-            return cast(BinaryIO, io.BufferedReader(fsspec.open(file.path, "rb").open()))
+            system, path = fsspec.core.url_to_fs(file.path)
+            return cast(BinaryIO, io.BufferedReader(system.open(path, "rb")))
         return Path(file.path).open("rb")
     except OSError as error:
         raise DataError(

@@ -21,6 +21,7 @@ from dft_common.manifest import write_atomically
 from dft_common.records import Conversation, Finding
 from dft_common.schema import TokenDtype
 from dft_prep.checks import check_conversation
+from dft_prep.codes import CODES
 from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, make_encoder
 from dft_prep.parts import PartWriter
@@ -192,7 +193,7 @@ class Worker:
         try:
             rendered = self._render(judged.conversation)
         except RenderRefusal as refusal:
-            self._leave_out(part, raw, _finding(refusal, raw, shown))
+            self._leave_out(part, raw, refusal_finding(refusal, raw, shown))
             return
         part.notes.update(rendered.notes)
         key = conversation_key(judged.conversation)
@@ -204,7 +205,7 @@ class Worker:
     def _render(self, conversation: Conversation) -> Rendered:
         rendered = self.renderer.render(conversation)
         if not rendered.spans:
-            raise RenderRefusal("nothing_to_train", "$.messages", "no assistant turn has text and a weight above 0")
+            raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
         return rendered
 
     def _leave_out(self, part: _Part, raw: RawRecord, finding: Finding) -> None:
@@ -217,24 +218,16 @@ class Worker:
         part.leave_out(finding, raw)
 
 
-_HELP = {
-    "template_refused": "repair the record, or give a template that takes it (--chat_template)",
-    "mask_unsure": "the record is kept in the quarantine; give a template that prints it plainly",
-    "nothing_to_train": "give an assistant turn text and a weight above 0, or leave the record out",
-    "tool_calls_not_printed": "use --unsupported_tools text, or a template that prints tool calls",
-    "control_token_in_text": "use --special_tokens_in_text encode, or remove the token's text",
-}
-
-
-def _finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
+def refusal_finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
+    """A refusal of template or mask as a finding about the record."""
     return Finding(
         file=shown,
         line=raw.line,
         column=1,
         byte_offset=raw.byte_offset,
         code=refusal.code,
-        severity="error",
+        severity=CODES[refusal.code].severity,
         path=refusal.path,
         message=refusal.message,
-        help=_HELP.get(refusal.code, ""),
+        help=CODES[refusal.code].remedy,
     )
