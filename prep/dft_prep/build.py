@@ -70,7 +70,6 @@ def build(options: BuildOptions) -> Path:
         ]
         workers = options.preprocessing_num_workers or default_workers()
         if (output_dir / MANIFEST_NAME).exists() and _up_to_date(recipe, sources, planned, output_dir, workers):
-            workspace.discard()
             get_logger().info("%s is up to date", output_dir)
             return output_dir
         _build(recipe, sources, planned, workspace, workers, started)
@@ -249,19 +248,32 @@ def _refuse_bad_sources(
         reasons = total(info.left_out for info in infos)
         bad = sum(reasons.values())
         if bad > options.max_bad_records and bad > options.max_bad_fraction * read:
+            first = _first_bad(workspace, {file.shown for file in source.files})
             _keep_quarantine(workspace)
             raise DataError(
                 f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); allowed are "
-                f"--max_bad_records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}",
+                f"--max_bad_records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}{first}",
                 remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, repair the data, or raise both limits",
             )
     if not kept:
+        first = _first_bad(workspace, {file.shown for source in sources for file in source.files})
         _keep_quarantine(workspace)
         reasons = total(part.info.left_out for part in parts)
         raise DataError(
-            f"nothing to build: no record was kept ({_reasons(reasons) or 'the files hold no records'})",
+            f"nothing to build: no record was kept ({_reasons(reasons) or 'the files hold no records'}){first}",
             remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, or check --data_files",
         )
+
+
+def _first_bad(workspace: Workspace, files: set[str]) -> str:
+    """The first bad record of these files, for an error's message."""
+    with (workspace.new / QUARANTINE_NAME).open("rb") as lines:
+        for line in lines:
+            entry = msgspec.json.decode(line)
+            if entry["file"] in files:
+                place = f"{entry['file']}:{entry['line']}:{entry['column']}"
+                return f"\n  the first: {place}: {entry['code']} {entry['path']}: {entry['message']}"
+    return ""
 
 
 def _keep_quarantine(workspace: Workspace) -> None:

@@ -97,12 +97,11 @@ class Workspace:
         write_manifest(self.output_dir, manifest)
         shutil.rmtree(self.work)
 
-    def discard(self) -> None:
-        """Remove the working directory: there was nothing to do."""
-        shutil.rmtree(self.work)
-
     def close(self) -> None:
-        """Release the lock; the finished parts stay, if the build did not end."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Release the lock. Finished parts of a build that did not end stay, for the next one."""
+        if self._lock is None:
+            return
+        if self.parts.is_dir() and not any(self.parts.iterdir()):
+            shutil.rmtree(self.work)
+        os.close(self._lock)
+        self._lock = None
