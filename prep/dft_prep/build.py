@@ -25,7 +25,7 @@ from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS,
 from dft_prep.assemble import AssembleOptions, PartOfSource, assemble
 from dft_prep.checks import pieces_differ, self_check
 from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder, make_encoder
+from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder
 from dft_prep.engine import default_workers, fingerprint_units, run_units, unit_bytes
 from dft_prep.outcome import (
     Learnt,
@@ -162,13 +162,13 @@ def _sample(sources: Sequence[Source], planned: Sequence[PlannedUnit]) -> list[C
     return sample
 
 
-def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -> Learnt:
+def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -> tuple[BatchEncoder, TemplateInfo]:
     """Choose the encoder and check template and tokenizer on probes and on `sample`. Raises DataError."""
     renderer = Renderer(recipe.template.source, recipe.tokenizer, recipe.date, recipe.render_options)
     reference = ReferenceEncoder(recipe.tokenizer)
     texts = [message.content or "" for conversation in sample for message in conversation.messages]
-    name = choose_encoder(wanted_encoder, recipe.tokenizer, reference, texts)
-    encoder = BatchEncoder(renderer, recipe.tokenizer, make_encoder(name, recipe.tokenizer, reference), reference)
+    engine = choose_encoder(wanted_encoder, recipe.tokenizer, reference, texts)
+    encoder = BatchEncoder(renderer, recipe.tokenizer, engine, reference)
     encoder.whole = pieces_differ(renderer, encoder)
     checks = self_check(renderer, encoder, sample)
     template = TemplateInfo(
@@ -178,7 +178,7 @@ def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -
         generation_prompt=renderer.rules.prompts[0] if renderer.rules.prompts else "",
         checks=checks,
     )
-    return Learnt(encoder=name, whole=encoder.whole, template=template)
+    return encoder, template
 
 
 def _encode(
@@ -187,24 +187,25 @@ def _encode(
     sample = _sample(sources, planned)
     wanted = recipe.options.encoder
     while True:
-        learnt = learn(recipe, sample, wanted)
+        encoder, template = learn(recipe, sample, wanted)
         try:
-            return learnt, _run(recipe, planned, learnt, workspace, workers)
+            learnt = Learnt(encoder=encoder.encoder.name, template=template)
+            return learnt, _run(recipe, planned, encoder, workspace, workers)
         except EncoderMismatch:
             wanted = ReferenceEncoder.name
             get_logger().warning("fastokens gave other ids than tokenizers here; all is encoded again without it")
 
 
 def _run(
-    recipe: Recipe, planned: Sequence[PlannedUnit], learnt: Learnt, workspace: Workspace, workers: int
+    recipe: Recipe, planned: Sequence[PlannedUnit], encoder: BatchEncoder, workspace: Workspace, workers: int
 ) -> list[UnitResult]:
     context = WorkContext(
         tokenizer=recipe.tokenizer,
         template_source=recipe.template.source,
         date=recipe.date,
         render_options=recipe.render_options,
-        encoder=learnt.encoder,
-        whole=learnt.whole,
+        encoder=encoder.encoder.name,
+        whole=encoder.whole,
         token_dtype=recipe.options.token_dtype,
         encoding_key=recipe.encoding_key(),
         parts_dir=workspace.parts,
@@ -213,7 +214,7 @@ def _run(
     units = [plan.unit for plan in planned]
     results: dict[int, UnitResult] = {}
     with Progress(sum(unit_bytes(unit) for unit in units)) as progress:
-        for number, result in run_units(units, context, workers):
+        for number, result in run_units(units, context, encoder, workers):
             results[number] = result
             progress.advance(unit_bytes(units[number]), result.info.read, result.info.tokens)
     found = sum(result.found for result in results.values())
@@ -251,8 +252,8 @@ def _refuse_bad_sources(
             first = _first_bad(workspace, {file.shown for file in source.files})
             _keep_quarantine(workspace)
             raise DataError(
-                f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); allowed are "
-                f"--max_bad_records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}{first}",
+                f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); allowed are --max_bad_"
+                f"records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}{first}",
                 remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, repair the data, or raise both limits",
             )
     if not kept:

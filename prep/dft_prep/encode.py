@@ -9,7 +9,6 @@ the whole text is encoded instead, and offsets place the mask.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 
@@ -53,42 +52,33 @@ class EncodedBatch(msgspec.Struct, frozen=True, kw_only=True):
 def cut(rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken]) -> list[Piece]:
     """`rendered` as pieces, in order. White space that a control token swallows is gone from its neighbours."""
     text = rendered.text
-    borders = [(span.start, span.end, span.weight) for span in rendered.spans]
+    # Where the weight changes, and to what; the last edge is behind the text.
+    edges = [edge for start, end, weight in rendered.spans for edge in ((start, weight), (end, 0.0))]
+    edges.append((len(text) + 1, 0.0))
     pieces: list[Piece] = []
-    at = 0
+    at = next_edge = 0
+    weight = 0.0
     strip_left = False
     for start, end in [*renderer.control_positions(text), (len(text), len(text))]:
         token = control.get(text[start:end])
-        runs = _split_at_borders(text, at, start, borders)
-        if strip_left and runs:
-            runs[0] = (_LEFT_SPACE.sub("", runs[0][0]), runs[0][1])
-        if token is not None and token.strips_left and runs:
-            runs[-1] = (_RIGHT_SPACE.sub("", runs[-1][0]), runs[-1][1])
-        for run, weight in runs:
+        while at < start or edges[next_edge][0] <= start:
+            position, after = edges[next_edge]
+            stop = min(position, start)
+            run = text[at:stop]
+            if strip_left and at < stop:
+                run, strip_left = _LEFT_SPACE.sub("", run), False
+            if stop == start and token is not None and token.strips_left:
+                run = _RIGHT_SPACE.sub("", run)
             if run:
                 pieces.append(Piece(renderer.restore(run) if rendered.has_stand_ins else run, None, weight))
+            at = stop
+            if position <= start:
+                weight, next_edge = after, next_edge + 1
         if token is not None:
-            pieces.append(Piece(token.text, token.id, _weight_at(start, borders)))
+            pieces.append(Piece(token.text, token.id, weight))
             strip_left = token.strips_right
         at = end
     return pieces
-
-
-def _weight_at(position: int, borders: Sequence[tuple[int, int, float]]) -> float:
-    for start, end, weight in borders:
-        if start <= position < end:
-            return weight
-    return 0.0
-
-
-def _split_at_borders(
-    text: str, start: int, end: int, borders: Sequence[tuple[int, int, float]]
-) -> list[tuple[str, float]]:
-    """Characters [start, end) cut where a trained span begins or ends."""
-    if start == end:
-        return []
-    cuts = [start, *sorted({edge for span in borders for edge in span[:2] if start < edge < end}), end]
-    return [(text[a:b], _weight_at(a, borders)) for a, b in itertools.pairwise(cuts)]
 
 
 class BatchEncoder:

@@ -100,25 +100,22 @@ def same_ids(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.
     return np.array_equal(first[1], second[1]) and np.array_equal(first[0], second[0])
 
 
-def choose_encoder(wanted: str, tokenizer: TokenizerFiles, reference: ReferenceEncoder, sample: Sequence[str]) -> str:
+def choose_encoder(
+    wanted: str, tokenizer: TokenizerFiles, reference: ReferenceEncoder, sample: Sequence[str]
+) -> Encoder:
     """The engine to use: `wanted`, or for `auto` the fast one where it passes every check on this tokenizer."""
-    if wanted == "tokenizers":
-        return wanted
-    reason = _fast_is_wrong(tokenizer, reference, [*torture_texts(tokenizer), *sample])
-    if reason is None:
-        return FastEncoder.name
-    get_logger().warning("fastokens is not used for this tokenizer (%s); tokenizers encodes, slower", reason)
-    return ReferenceEncoder.name
-
-
-def _fast_is_wrong(tokenizer: TokenizerFiles, reference: ReferenceEncoder, texts: list[str]) -> str | None:
+    if wanted == ReferenceEncoder.name:
+        return reference
+    texts = [*torture_texts(tokenizer), *sample]
     try:
         fast = FastEncoder(tokenizer)
-        if not same_ids(fast.encode(texts), reference.encode(texts)):
-            return "it gives other ids than tokenizers"
+        if same_ids(fast.encode(texts), reference.encode(texts)):
+            return fast
+        reason = "it gives other ids than tokenizers"
     except Exception as error:  # it refuses a tokenizer with whatever its parser raises
-        return f"it refuses it: {str(error)[:200]}"
-    return None
+        reason = f"it refuses it: {str(error)[:200]}"
+    get_logger().warning("fastokens is not used for this tokenizer (%s); tokenizers encodes, slower", reason)
+    return reference
 
 
 def make_encoder(name: str, tokenizer: TokenizerFiles, reference: ReferenceEncoder) -> Encoder:

@@ -15,8 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from dft_common.errors import SetupError
+from dft_prep.encode import BatchEncoder
 from dft_prep.units import Unit, unit_fingerprint
-from dft_prep.work import UnitResult, WorkContext, Worker
+from dft_prep.work import UnitResult, WorkContext, Worker, make_batch_encoder
 
 _POOL_FROM_BYTES = 8_000_000
 """Below this, starting a pool takes longer than the work."""
@@ -46,7 +47,7 @@ def _start(context: WorkContext | None) -> None:
     global _worker
     _die_with_parent()
     if context is not None:
-        _worker = Worker(context)
+        _worker = Worker(context, make_batch_encoder(context))
 
 
 def _run_in_pool(unit: Unit) -> UnitResult:
@@ -54,12 +55,14 @@ def _run_in_pool(unit: Unit) -> UnitResult:
     return _worker.run(unit)
 
 
-def run_units(units: Sequence[Unit], context: WorkContext, workers: int) -> Iterator[tuple[int, UnitResult]]:
-    """(number of the unit, its result), as they finish."""
+def run_units(
+    units: Sequence[Unit], context: WorkContext, encoder: BatchEncoder, workers: int
+) -> Iterator[tuple[int, UnitResult]]:
+    """(number of the unit, its result), as they finish. encoder: for this process; a pool's workers make their own."""
     if _use_pool(units, workers):
         yield from _pooled(units, _run_in_pool, context, workers)
     else:
-        worker = Worker(context)
+        worker = Worker(context, encoder)
         for number, unit in enumerate(units):
             yield number, worker.run(unit)
 

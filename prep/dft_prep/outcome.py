@@ -37,7 +37,6 @@ class Learnt(msgspec.Struct, frozen=True, kw_only=True):
     """What the self-checks at the start found."""
 
     encoder: str
-    whole: bool
     template: TemplateInfo
 
 

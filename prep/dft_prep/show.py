@@ -26,7 +26,7 @@ from dft_prep.encode import BatchEncoder, EncodedBatch
 from dft_prep.encoders import ReferenceEncoder
 from dft_prep.readers import UnitReader
 from dft_prep.recipe import BuildOptions, make_recipe
-from dft_prep.render import Renderer, RenderRefusal
+from dft_prep.render import RenderRefusal
 from dft_prep.report import summary_lines
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import plan_units
@@ -75,13 +75,10 @@ def preview(options: BuildOptions, number: int) -> None:
     """Print the first conversations of each source in turn, `number` in all, as a build would store them."""
     recipe = make_recipe(options, datetime.date.today())
     sources = resolve_sources(options.data_files)
-    renderer = Renderer(recipe.template.source, recipe.tokenizer, recipe.date, recipe.render_options)
-    reference = ReferenceEncoder(recipe.tokenizer)
-    learnt = learn(recipe, [], "tokenizers")
-    encoder = BatchEncoder(renderer, recipe.tokenizer, reference, reference, whole=learnt.whole)
+    encoder, _ = learn(recipe, [], ReferenceEncoder.name)
     decoder = Decoder(recipe.tokenizer.tokenizer_json)
     shown = 0
-    streams = [_preview_source(source, renderer, encoder) for source in sources]
+    streams = [_preview_source(source, encoder) for source in sources]
     while streams and shown < number:
         for stream in list(streams):
             title_and_batch = next(stream, None)
@@ -95,9 +92,7 @@ def preview(options: BuildOptions, number: int) -> None:
         raise DataError("nothing to show: the files hold no records", remedy="check --data_files")
 
 
-def _preview_source(
-    source: Source, renderer: Renderer, encoder: BatchEncoder
-) -> Iterator[tuple[str, EncodedBatch | None]]:
+def _preview_source(source: Source, encoder: BatchEncoder) -> Iterator[tuple[str, EncodedBatch | None]]:
     for file in source.files:
         for unit in plan_units(file, source.name):
             for raw in UnitReader(unit):
@@ -107,7 +102,7 @@ def _preview_source(
                     yield f"--- {where}: left out, {judged.code} {judged.path}: {judged.message}", None
                     continue
                 try:
-                    batch = encoder.encode([renderer.render(judged.conversation)])
+                    batch = encoder.encode([encoder.renderer.render(judged.conversation)])
                 except RenderRefusal as refusal:
                     yield f"--- {where}: left out, {refusal.code}: {refusal.message}", None
                     continue

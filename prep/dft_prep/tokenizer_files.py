@@ -6,6 +6,7 @@ Called by `recipe`. Works from `tokenizer.json` with the `tokenizers` library al
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import tempfile
@@ -26,6 +27,16 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(tokenizer_json: str) -> dict[str, Any]:
+    return json.loads(tokenizer_json)
+
+
+@functools.lru_cache(maxsize=2)
+def _fingerprint(tokenizer_json: str) -> dict[str, str]:
+    return tokenizer_fingerprint(_parse(tokenizer_json))
 
 
 class ControlToken(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +61,11 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
     """Control tokens that `with_chatml_tokens` added."""
 
     def parsed(self) -> dict[str, Any]:
-        return json.loads(self.tokenizer_json)
+        """The parsed `tokenizer.json`; not to be changed."""
+        return _parse(self.tokenizer_json)
 
     def fingerprint(self) -> dict[str, str]:
-        return tokenizer_fingerprint(self.parsed())
+        return _fingerprint(self.tokenizer_json)
 
     def control_tokens(self) -> tuple[ControlToken, ...]:
         """Every control token, longest text first."""
@@ -88,7 +100,7 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
 
     def with_chatml_tokens(self) -> TokenizerFiles:
         """This tokenizer with ChatML's two control tokens, `<|im_end|>` as its end of sequence."""
-        parsed = self.parsed()
+        parsed = json.loads(self.tokenizer_json)
         present = {token["content"] for token in parsed.get("added_tokens") or []}
         missing = [text for text in CHATML_TOKENS if text not in present]
         first = self.vocab_size()

@@ -18,7 +18,7 @@ from dft_common.errors import EXIT_BAD_DATA, SetupError
 from dft_common.records import Conversation, Finding
 from dft_prep.codes import CODES
 from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import ReferenceEncoder, choose_encoder, make_encoder
+from dft_prep.encoders import ReferenceEncoder, choose_encoder
 from dft_prep.findings import Summary, as_github, as_json, as_text, summary_text
 from dft_prep.progress import Progress
 from dft_prep.readers import RawRecord, UnitReader
@@ -64,7 +64,7 @@ class _Encoding:
         )
         self.renderer = Renderer(template.source, tokenizer, date, render)
         reference = ReferenceEncoder(tokenizer)
-        engine = make_encoder(choose_encoder("auto", tokenizer, reference, []), tokenizer, reference)
+        engine = choose_encoder("auto", tokenizer, reference, [])
         self.encoder = BatchEncoder(self.renderer, tokenizer, engine, reference)
         self.max_length = options.max_length
         self.summary = summary
@@ -101,9 +101,7 @@ class _Encoding:
 
 
 def _findings(sources: list[Source], summary: Summary, encoding: _Encoding | None) -> Iterator[Finding]:
-    planned = [
-        (source.name, plan_units(file, source.name)) for source in sources for file in source.files
-    ]
+    planned = [(source.name, plan_units(file, source.name)) for source in sources for file in source.files]
     size = sum(unit.file.size if unit.end < 0 else unit.end - unit.start for _, units in planned for unit in units)
     with Progress(size) as progress:
         for name, units in planned:

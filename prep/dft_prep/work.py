@@ -146,15 +146,19 @@ class _Part:
         self._quarantine_temporary.unlink(missing_ok=True)
 
 
-class Worker:
-    """Template learnt and tokenizer loaded, ready for units."""
+def make_batch_encoder(context: WorkContext) -> BatchEncoder:
+    """Learn the template and load the tokenizer, in a worker process."""
+    renderer = Renderer(context.template_source, context.tokenizer, context.date, context.render_options)
+    reference = ReferenceEncoder(context.tokenizer)
+    encoder = make_encoder(context.encoder, context.tokenizer, reference)
+    return BatchEncoder(renderer, context.tokenizer, encoder, reference, whole=context.whole)
 
-    def __init__(self, context: WorkContext) -> None:
-        self.context = context
-        self.renderer = Renderer(context.template_source, context.tokenizer, context.date, context.render_options)
-        reference = ReferenceEncoder(context.tokenizer)
-        encoder = make_encoder(context.encoder, context.tokenizer, reference)
-        self.encoder = BatchEncoder(self.renderer, context.tokenizer, encoder, reference, whole=context.whole)
+
+class Worker:
+    """Ready for units."""
+
+    def __init__(self, context: WorkContext, encoder: BatchEncoder) -> None:
+        self.context, self.encoder, self.renderer = context, encoder, encoder.renderer
 
     def part_key(self, unit: Unit, fingerprint: str) -> str:
         context = self.context
