@@ -31,6 +31,7 @@ SHAREGPT_ROLES = {
 }
 CALL_ROLES = ("function_call", "tool_call")
 
+_QUOTED = 60
 _TEXT_KEYS = ("text", "value", "content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
@@ -59,13 +60,19 @@ def type_name(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+def quoted(value: Any) -> str:
+    """A value of the data, for a message: what a line has room for."""
+    text = repr(value)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
 def to_role(role: Any, known: Mapping[str, str], path: str) -> str:
     found = known.get(role) if isinstance(role, str) else None
     if found is None:
         shown = ", ".join(sorted({name for name in known if known is SHAREGPT_ROLES or name in ROLES}))
         close = difflib.get_close_matches(role, known, n=1) if isinstance(role, str) else []
         help = f"did you mean {close[0]!r}?" if close else "rename the role, or leave the record out"
-        raise RecordError("unknown_role", path, f"got {role!r}, expected one of {shown}", help)
+        raise RecordError("unknown_role", path, f"got {quoted(role)}, expected one of {shown}", help)
     return found
 
 
@@ -92,9 +99,10 @@ def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls:
     if isinstance(part, str):
         texts.append(part)
         return
-    kind = part.get("type", "text") if isinstance(part, dict) else None
+    # Parquet gives every part every key, so that null is as absent.
+    kind = (part.get("type") or "text") if isinstance(part, dict) else None
     if not isinstance(part, dict) or kind not in (*_TEXT_PARTS, *_REASONING_PARTS, *_CALL_PARTS):
-        found = f"a part of type {kind!r}" if isinstance(part, dict) else type_name(part)
+        found = f"a part of type {quoted(kind)}" if isinstance(part, dict) else type_name(part)
         message = f"got {found}; text, reasoning and tool_call can be trained"
         raise RecordError(
             "unsupported_part", path, message, "leave the record out: pictures and sounds are not trained"
@@ -136,19 +144,28 @@ def to_tool_calls_from_text(text: str, path: str) -> list[ToolCall]:
 
 def to_tool_call(value: Any, path: str) -> ToolCall:
     """OpenAI's form (`{"id", "function": {"name", "arguments"}}`), or the function alone."""
-    function = value.get("function", value) if isinstance(value, dict) else None
+    function = (value.get("function") or value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not isinstance(function, dict):
         raise RecordError(
             "bad_tool_calls", path, "a tool call without a function's name", 'write it as {"function": {"name": ...}}'
         )
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = function.get("parameters")
     if arguments is None:
         arguments = "{}"
     elif not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":"))
+        arguments = _compact(arguments, f"{path}.arguments")
     identity = value.get("id")
     return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
+
+
+def _compact(arguments: Any, path: str) -> str:
+    try:
+        return json.dumps(arguments, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError) as error:  # 1e400 is infinite here; Parquet may hold a date
+        raise RecordError("bad_tool_calls", path, f"not JSON: {error}", "write the arguments as JSON text") from None
 
 
 def to_tool_calls(value: Any, path: str) -> tuple[ToolCall, ...]:
@@ -185,5 +202,5 @@ def to_weight(value: Any, path: str) -> float:
     if isinstance(value, int | float) and 0 <= value <= 1:
         return float(value)
     raise RecordError(
-        "bad_weight", path, f"got {value!r}, expected a number from 0 to 1", "0 is context only, 1 trains"
+        "bad_weight", path, f"got {quoted(value)}, expected a number from 0 to 1", "0 is context only, 1 trains"
     )

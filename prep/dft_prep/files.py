@@ -22,6 +22,8 @@ Kind = Literal["lines", "array", "object", "parquet"]
 BOM = b"\xef\xbb\xbf"
 _SNIFFED = 1 << 16
 _SNIFFED_LINES = 20
+_ZSTD_PIECE = 1 << 12
+"""Bytes fed to zstd at a time. A block of 4 bytes may hold 128 KiB, so these inflate to 128 MiB at most."""
 _KNOWN = {
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
@@ -65,7 +67,7 @@ class _ZstdStream(io.RawIOBase):
         self._error = zstandard.ZstdError
         self._frame = None
         self._input = b""
-        self._ready = b""
+        self._ready = memoryview(b"")  # a view, so that handing out a part copies nothing
 
     def readable(self) -> bool:
         return True
@@ -74,7 +76,7 @@ class _ZstdStream(io.RawIOBase):
         view = memoryview(buffer)
         while not self._ready:
             if not self._input:
-                self._input = self._raw.read(1 << 16)
+                self._input = self._raw.read(_ZSTD_PIECE)
                 if not self._input:
                     if self._frame is not None:
                         raise Truncated("the zstd stream is cut")
@@ -88,7 +90,7 @@ class _ZstdStream(io.RawIOBase):
     def _decompress(self) -> None:
         self._frame = self._frame or self._make()
         try:
-            self._ready = self._frame.decompress(self._input)
+            self._ready = memoryview(self._frame.decompress(self._input))
         except self._error as error:
             raise Truncated(f"the zstd stream is damaged: {error}") from None
         self._input = self._frame.unused_data if self._frame.eof else b""
@@ -182,7 +184,7 @@ def _is_object(line: bytes) -> bool:
         return True
     try:
         return isinstance(msgspec.json.decode(line), dict)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
 
 

@@ -96,13 +96,29 @@ class UnitReader:
             try:
                 row = 0
                 for batch in pq.ParquetFile(raw).iter_batches(batch_size=_PARQUET_ROWS):
-                    for record in batch.to_pylist():
+                    for record in _dicts(batch):
                         row += 1
-                        yield RawRecord(line=row, byte_offset=-1, data=record)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                        if isinstance(record, UnicodeDecodeError):
+                            problem = ("invalid_utf8", f"a text of this row is not UTF-8: {record.reason}")
+                            yield RawRecord(line=row, byte_offset=-1, data={}, problem=problem)
+                        else:
+                            yield RawRecord(line=row, byte_offset=-1, data=record)
+            except (pa.ArrowException, OSError) as error:
                 raise DataError(
                     f"{shown}: cannot be read as Parquet: {error}", remedy="write the file again, or take it out"
                 ) from None
+
+
+def _dicts(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch; a row whose text is not UTF-8 as the error, and none but that row."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield batch.slice(row, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
 
 
 class _Chunks:

@@ -35,6 +35,7 @@ _MESSAGE_KEYS = frozenset(
     ["role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id"]
 ).union(_WEIGHT_KEYS, _REASONING_KEYS)
 _ALPACA_KEYS = ("instruction", "input", "output", "response", "history")
+_LONGEST_NAME = 60
 _SHAPES = "`messages`, `conversations`, or `instruction` with `output` or `response`"
 
 
@@ -56,12 +57,21 @@ def reconcile(record: Any) -> Reconciled:
         messages = _messages(record[key], key, ignored)
         used = (key, "system", "tools", "functions")
     _prepend_system(record.get("system"), messages)
-    ignored.update((name, None) for name, value in record.items() if name not in used and value is not None)
+    ignored.update((_shown(name), None) for name, value in record.items() if name not in used and value is not None)
     if not any(message.role == "assistant" for message in messages):
         raise RecordError("no_assistant", f"$.{key}", "no assistant turn: there is nothing to train", "leave it out")
     tools = record.get("tools") if record.get("tools") is not None else record.get("functions")
     conversation = Conversation(messages=tuple(messages), tools=to_tools(tools, "$.tools") if tools else ())
     return Reconciled(conversation=conversation, ignored=tuple(ignored))
+
+
+def _shown(name: str) -> str:
+    """A field's name, for a report: short, and of whole characters (JSON allows half of one)."""
+    return (
+        name
+        if name.isascii() and len(name) <= _LONGEST_NAME
+        else name[:_LONGEST_NAME].encode("utf-8", "backslashreplace").decode()
+    )
 
 
 def _shape(record: Mapping[str, Any]) -> str:
@@ -77,7 +87,7 @@ def _shape(record: Mapping[str, Any]) -> str:
         return (filled or found)[0]
     if "messages" in record or "conversations" in record:
         raise RecordError("empty_conversation", "$", "the conversation is null", "leave the record out")
-    keys = ", ".join(f"`{key}`" for key in list(record)[:6]) or "no keys"
+    keys = ", ".join(f"`{_shown(key)}`" for key in list(record)[:6]) or "no keys"
     raise RecordError("unknown_shape", "$", f"found {keys}; expected {_SHAPES}", "rename the fields")
 
 
@@ -113,7 +123,7 @@ def _message(item: Any, key: str, number: int, ignored: dict[str, None]) -> Mess
     path = f"$.{key}[{number}]"
     for name, value in item.items():
         if name not in _MESSAGE_KEYS and value is not None:
-            ignored[f"{key}[].{name}"] = None
+            ignored[f"{key}[].{_shown(name)}"] = None
     return _full_message(item, path, sharegpt=key == "conversations" or "from" in item)
 
 
@@ -122,6 +132,9 @@ def _full_message(item: dict[str, Any], path: str, *, sharegpt: bool) -> Message
     content_key = "content" if item.get("content") is not None else "value" if "value" in item else "content"
     role = to_role(item.get(role_key), SHAREGPT_ROLES if sharegpt else OPENAI_ROLES, f"{path}.{role_key}")
     content = _content(item, item.get(role_key), path, content_key)
+    if content.tool_calls and role != "assistant":
+        message = f"the {role} turn calls a tool"
+        raise RecordError("bad_tool_calls", path, message, "only assistant turns call tools: repair the role")
     if content.text is None and not (role == "assistant" and content.tool_calls):
         if content.reasoning is None or role != "assistant":
             message = f"the {role} turn has no content" + (" and calls no tool" if role == "assistant" else "")
@@ -146,8 +159,10 @@ def _content(item: dict[str, Any], raw_role: Any, path: str, content_key: str) -
     calls = content.tool_calls
     if item.get("tool_calls"):
         calls += to_tool_calls(item["tool_calls"], f"{path}.tool_calls")
-    if item.get("function_call"):
-        calls += (to_tool_call(item["function_call"], f"{path}.function_call"),)
+    legacy = item.get("function_call")
+    # Parquet writes the absent call of a column of calls as one whose fields are null.
+    if legacy and not (isinstance(legacy, dict) and all(field is None for field in legacy.values())):
+        calls += (to_tool_call(legacy, f"{path}.function_call"),)
     reasoning = content.reasoning
     for key in _REASONING_KEYS:
         if reasoning is None and item.get(key) is not None:
@@ -171,7 +186,11 @@ def _weight(item: Mapping[str, Any], path: str) -> float:
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
     messages: list[Message] = []
-    for number, pair in enumerate(record.get("history") or ()):
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        message = f"got {type_name(history)}, expected a list of [question, reply]"
+        raise RecordError("content_type", "$.history", message, "write pairs")
+    for number, pair in enumerate(history):
         path = f"$.history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RecordError("content_type", path, f"got {type_name(pair)}, expected [question, reply]", "write pairs")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from dft_common.errors import SetupError
 
 _NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst))?$", re.IGNORECASE)
+_DEEP = re.compile(r"(.*?/|)\*\*(?:/(.*)|)", re.DOTALL)
+"""A pattern with a `**`: (what is before it, what is after it)."""
 _KEYS = ("name", "path", "split", "max_conversations")
 
 
@@ -115,7 +118,7 @@ def _find(path: str) -> list[SourceFile]:
     if os.path.lexists(path):
         return [_local_file(path, Path(path).name)]
     if glob.has_magic(path):
-        found = sorted(item for item in glob.glob(path, recursive=True) if not Path(item).is_dir())
+        found = sorted(set(_glob(path)))
         if not found:
             raise SetupError(
                 f"--data_files {path}: no file matches", remedy="check the pattern; quote it from the shell"
@@ -123,6 +126,20 @@ def _find(path: str) -> list[SourceFile]:
         root = os.path.commonpath([str(Path(item).parent) for item in found])
         return [_local_file(item, os.path.relpath(item, root)) for item in found]
     raise SetupError(f"--data_files {path}: there is no such file", remedy="check the path")
+
+
+def _glob(pattern: str) -> Iterator[str]:
+    """The files that `pattern` matches. A `**` does not follow links to directories, which may lead back up."""
+    deep = _DEEP.fullmatch(pattern)
+    if deep is None:
+        yield from (item for item in glob.glob(pattern) if not Path(item).is_dir())
+        return
+    before, after = deep[1], deep[2] or "*"
+    for top in glob.glob(before) if before else ["."]:
+        for root, folders, _ in os.walk(top):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            here = root if before else os.path.relpath(root)
+            yield from _glob(after if here == "." else os.path.join(glob.escape(here), after))  # noqa: PTH118
 
 
 def _find_in_directory(directory: str) -> list[SourceFile]:
@@ -141,13 +158,22 @@ def _find_in_directory(directory: str) -> list[SourceFile]:
 
 def _local_file(path: str, relative: str) -> SourceFile:
     try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SetupError(f"--data_files {path}: not a regular file", remedy="write the data to a file first")
         with Path(path).open("rb"):
-            size = Path(path).stat().st_size
+            pass
     except OSError as error:
         raise SetupError(
             f"--data_files {path}: {error.strerror}", remedy="check the path and its permissions"
         ) from None
-    return SourceFile(path=path, shown=path, relative=Path(relative).as_posix(), size=size)
+    relative = Path(relative).as_posix()
+    return SourceFile(path=path, shown=_text(path), relative=_text(relative), size=status.st_size)
+
+
+def _text(path: str) -> str:
+    """`path` as text that can be encoded, whatever bytes the file's name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _find_url(url: str) -> list[SourceFile]:

@@ -56,7 +56,7 @@ def judge(raw: RawRecord, shown: str) -> Judged | Finding:
     try:
         reconciled = reconcile(value)
         if not exact or isinstance(raw.data, dict):
-            _refuse_surrogates(reconciled.conversation)
+            _refuse_unwritable(reconciled.conversation)
     except RecordError as error:
         return _finding(raw, shown, error.code, error.path, error.message, error.help)
     except RecursionError:
@@ -79,15 +79,21 @@ def _by_the_standard(raw: RawRecord) -> Any:
         raise _Illegal("nan", f"found {name}, which is not JSON", max(0, text.find(name)))
 
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, parse_int=_to_int)
     except json.JSONDecodeError as error:
-        if raw.cut:
+        if raw.cut and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")):
             raise _Illegal("cut_line", f"the file ends inside this record ({error.msg})", error.pos) from None
         raise _Illegal("invalid_json", f"not JSON: {error.msg}", error.pos, _json_help(text, error)) from None
     except RecursionError:
         raise _Illegal("too_deep", "nested too deep", 0) from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise _Illegal("invalid_json", f"not readable: {error}", 0) from None
+
+
+def _to_int(digits: str) -> int | float:
+    """An integer of any length: legal JSON, though Python refuses to convert more than some thousand digits."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def _json_help(text: str, error: json.JSONDecodeError) -> str:
@@ -107,16 +113,24 @@ def _illegal(raw: RawRecord, shown: str, error: _Illegal) -> Finding:
     return msgspec.structs.replace(finding, line=line, column=column)
 
 
-def _refuse_surrogates(conversation: Conversation) -> None:
+def _refuse_unwritable(conversation: Conversation) -> None:
+    """Raise RecordError for what legal JSON can hold and no dataset: half a surrogate pair, an infinite number."""
     for number, message in enumerate(conversation.messages):
-        texts = [message.content, message.reasoning, message.name]
-        texts += [text for call in message.tool_calls for text in (call.name, call.arguments)]
-        for text in texts:
-            try:
-                (text or "").encode("utf-8")
-            except UnicodeEncodeError as error:
-                found = f"half a surrogate pair at character {error.start + 1}"
-                raise RecordError("lone_surrogate", f"$.messages[{number}]", found, "repair the escape") from None
+        _refuse_surrogates(message, f"$.messages[{number}]")
+    _refuse_surrogates(conversation.tools, "$.tools")
+    try:
+        json.dumps(conversation.tools, allow_nan=False, default=str)
+    except ValueError:
+        found = "holds a number beyond the range of a float"
+        raise RecordError("bad_tools", "$.tools", found, "write a number that a float can hold") from None
+
+
+def _refuse_surrogates(value: Any, path: str) -> None:
+    try:
+        msgspec.json.encode(value, enc_hook=str)
+    except UnicodeEncodeError as error:
+        found = f"half a surrogate pair, {error.object[error.start]!a}, which is no character"
+        raise RecordError("lone_surrogate", path, found, "repair the escape") from None
 
 
 def _notes(conversation: Conversation, raw: RawRecord, shown: str) -> tuple[Finding, ...]:

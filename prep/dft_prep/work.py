@@ -162,7 +162,9 @@ class Worker:
 
     def part_key(self, unit: Unit, fingerprint: str) -> str:
         context = self.context
-        return hash_object([context.encoding_key, context.encoder, context.whole, unit.kind, fingerprint])
+        # The start too: findings hold byte offsets.
+        made_by = [context.encoding_key, context.encoder, context.whole, unit.kind, unit.start, fingerprint]
+        return hash_object(made_by)
 
     def run(self, unit: Unit) -> UnitResult:
         """Make the part of `unit`, or find it made. Raises DataError, or EncoderMismatch."""

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason="the shared data is
 
 def records(path: Path) -> list[dict]:
     text = path.read_text("utf-8")
-    return json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+    return (
+        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+    )
 
 
 def replies(record: dict) -> Iterator[str]:
@@ -49,7 +51,15 @@ def test_every_reply_of_every_source_is_live_verbatim(tokenizer, tmp_path):
 
     files = sorted(SOURCES.iterdir())
     assert len(files) == 7
-    words = ["build", "--data_files", *files, "--tokenizer", SHARED / "tokenizers" / tokenizer, "--output_dir", tmp_path]
+    words = [
+        "build",
+        "--data_files",
+        *files,
+        "--tokenizer",
+        SHARED / "tokenizers" / tokenizer,
+        "--output_dir",
+        tmp_path,
+    ]
     subprocess.run([sys.executable, "-m", "dft_prep", *map(str, words)], check=True, capture_output=True)
     manifest = read_manifest(tmp_path)
     read = {path.stem: records(path) for path in files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,13 +77,22 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         starts: dict[str, list[Any]] = {
             "python": [sys.executable, "-m", "dft_train"],
-            "torchrun": [BIN / "torchrun", "--master_port=0", f"--nproc_per_node={ranks}", "-m", "dft_train"],
+            "torchrun": [BIN / "torchrun", "--standalone", f"--nproc_per_node={ranks}", "-m", "dft_train"],
             "deepspeed": [BIN / "deepspeed", "--master_port=29731", f"--num_gpus={ranks}", "--module", "dft_train"],
         }
         words = [str(word) for word in (*starts[launcher], *arguments)]
         quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment = {**os.environ, **quiet, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=240)
+        # In a session of its own, so that no rank is left behind where the launcher is killed.
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        try:
+            out, error = process.communicate(timeout=100)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, error = process.communicate()
+        done = subprocess.CompletedProcess(words, process.returncode, out, error)
         if check is not None:
             assert done.returncode == check, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         return done

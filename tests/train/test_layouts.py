@@ -100,7 +100,7 @@ def test_logged_numbers_are_sums_over_all_tokens_divided_once(reference, dataset
         for name in ("loss", "ce_loss", "avg_p_correct", "token_accuracy"):
             expected = (a * each[step - 1][name] + b * each[step][name]) / (a + b)
             assert line[name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    final = [line for line in history(tmp_path) if "train_loss" in line][0]
+    final = next(line for line in history(tmp_path) if "train_loss" in line)
     assert final["train_loss"] == pytest.approx(sum(line["loss"] for line in each.values()) / STEPS, rel=1e-5)
 
 
@@ -128,8 +128,8 @@ def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3
         shutil.copytree(tmp_path / "checkpoint-5", resumed / "checkpoint-5")
         launch(
             "torchrun", 2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", resumed,
-            "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_strategy", "no", *FLAGS, *more,
-            "--resume_from_checkpoint", "True",
+            "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_strategy", "no",
+            *FLAGS, *more, "--resume_from_checkpoint", "True",
         )  # fmt: skip
         assert_same_resumed(resumed, tmp_path, rel=1e-6, weights=1e-6)
 

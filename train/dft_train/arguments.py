@@ -15,7 +15,6 @@ from typing import Any
 from dft_common.build_flags import BUILD_FLAGS, DATA_FILES, MAX_LENGTH, TOKENIZER
 from dft_common.errors import SetupError
 from dft_common.flags import Flag
-from dft_common.schema import VALIDATION
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -51,11 +50,11 @@ OWN_FLAGS = (
         help="weight = p_correct * alpha + 1 - alpha: 0 is SFT, 1 the DFT of the paper.",
     ),
     Flag(name="eval_only", kind="bool", default=False, help="Evaluate, write eval_results.json, train nothing."),
-    Flag(name="eval_split", default=VALIDATION, help="The split to evaluate."),
+    Flag(name="eval_split", default="validation", help="The split to evaluate."),
     Flag(name="dry_run", kind="bool", default=False, help="Check everything, print the plan, train nothing."),
     Flag(name="warmup_ratio", kind="float", minimum=0, maximum=1, help="Warm-up as a fraction of all steps."),
     Flag(name="logging_dir", help="Where tensorboard's files go. Default: runs/ in --output_dir."),
-    Flag(name="local_rank", kind="int", help="Set by launchers; LOCAL_RANK in the environment wins."),
+    Flag(name="local_rank", kind="int", help="Launchers pass it; LOCAL_RANK in the environment is what counts."),
     Flag(
         name="resume_from_checkpoint",
         help="True: the last checkpoint in --output_dir, or a fresh start where there is none; or a checkpoint's path.",

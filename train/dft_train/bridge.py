@@ -57,12 +57,26 @@ def launch_key() -> str:
     return hash_object(parts)[:12]
 
 
+def _source_argument(item: Any) -> str:
+    """A source of --data_files as an argument: text, or a mapping of a config file with a name and a path."""
+    if not isinstance(item, Mapping):
+        return str(item)
+    if more := sorted(set(item) - {"name", "path"}):
+        raise SetupError(
+            f"data_files: {', '.join(more)} cannot be handed on to the build",
+            remedy="run `dft-prep build --config FILE` yourself, then train with `--dataset_dir`",
+        )
+    if "path" not in item:
+        raise SetupError(f"data_files: {dict(item)} has no `path`", remedy="give each source a `path`")
+    return f"{item['name']}={item['path']}" if "name" in item else str(item["path"])
+
+
 def build_command(settings: Settings) -> list[str]:
     """The command that builds the dataset, with the flags that were given."""
     flags: dict[str, Any] = {"tokenizer": settings.model_name_or_path, **settings.build}
     files = flags.pop("data_files")
     flags["output_dir"] = str(settings.output_dir / DATASET_NAME)
-    sources = [f"{item['name']}={item['path']}" if isinstance(item, Mapping) else str(item) for item in files]
+    sources = [_source_argument(item) for item in files]
     return [sys.executable, "-m", "dft_prep", "build", *to_arguments({"data_files": sources, **flags})]
 
 

@@ -31,8 +31,6 @@ def _train(**values: Any) -> int:
     given = {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
     command = context.command
     assert isinstance(command, TrainCommand)
-    if values["local_rank"] is not None:
-        os.environ.setdefault("LOCAL_RANK", str(values["local_rank"]))
     try:
         settings = make_settings(values, given, command.training_names)
         from dft_train.trainer import run

@@ -8,11 +8,9 @@ over all tokens of all ranks divided once; checkpoints get the dataset's tokeniz
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,46 +19,15 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_callback import PrinterCallback
 
 from dft_train.checkpoints import RunState, copy_tokenizer, write_state
-from dft_train.collate import Batch, sequence_inputs
+from dft_train.collate import Batch
 from dft_train.console import ConsoleLines
 from dft_train.dataset import EpochLoader, PackedSplit, eval_sampler, make_loader, tokens_before, train_sampler
 from dft_train.head import HeadTap, LossRequest
 from dft_train.loss import LossStats
-from dft_train.metrics import SourceSums, StepSums, ratios
+from dft_train.metrics import Clock, SourceSums, StepSums, ratios
 from dft_train.model import count_parameters
-from dft_train.probe import LogitTransform, probe_logits, probe_packing
-from dft_train.sampler import Layout
-
-
-def train_layout(args: TrainingArguments) -> Layout:
-    return Layout(
-        per_device=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        world_size=args.world_size,
-        rank=args.process_index,
-    )
-
-
-def eval_layout(args: TrainingArguments) -> Layout:
-    per_device = args.per_device_eval_batch_size
-    return Layout(per_device=per_device, accumulation=1, world_size=args.world_size, rank=args.process_index)
-
-
-class _Clock:
-    """Seconds spent training since the last mark; evaluation and saving pause it."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-        self._pauses = 0.0
-
-    def add_pause(self, seconds: float) -> None:
-        self._pauses += seconds
-
-    def mark(self) -> float:
-        now = time.monotonic()
-        seconds = now - self._since - self._pauses
-        self._since, self._pauses = now, 0.0
-        return max(seconds, 1e-9)
+from dft_train.probe import LogitTransform, probe_model
+from dft_train.sampler import eval_layout, train_layout
 
 
 class DftTrainer(Trainer):
@@ -95,7 +62,7 @@ class DftTrainer(Trainer):
         self._dft_alpha = dft_alpha
         self._transform: LogitTransform | None = None
         self._sums = StepSums(args.device)
-        self._clock = _Clock()
+        self._clock = Clock()
         self._tokens_logged = 0
         self._tracker_names: dict[str, str] = {}
         self._parameters = count_parameters(model)
@@ -133,21 +100,11 @@ class DftTrainer(Trainer):
 
     # Loss
 
-    def _sequence_inputs(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-        ids = np.concatenate([np.asarray(sequence) for sequence in sequences])
-        inputs = sequence_inputs([len(sequence) for sequence in sequences], ids, self._attention)
-        return {name: v.to(self.args.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
-
     def _probe(self, model: Any) -> LogitTransform:
-        """Ask the model, once, how its head is used and whether packing holds."""
-        training = model.training
-        model.eval()
         half = torch.bfloat16 if self.args.bf16 else torch.float16
         dtype = half if self.args.bf16 or self.args.fp16 else self._plain_model.dtype
-        probe_packing(self._tap, model, self._sequence_inputs, dtype)  # pyright: ignore[reportArgumentType]
-        found = probe_logits(self._tap, model, self._plain_model.config, self._sequence_inputs)
-        model.train(training)
-        return found
+        config = self._plain_model.config
+        return probe_model(self._tap, model, config, attention=self._attention, device=self.args.device, dtype=dtype)
 
     def _loss(self, model: Any, batch: Batch, *, num_valid_tokens: float, per_token: bool) -> tuple[Tensor, LossStats]:
         if self._transform is None:

@@ -6,6 +6,7 @@ line. `SourceSums` does the same for an evaluation, by source. Used by `loop`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -67,3 +68,20 @@ class SourceSums:
         total = reduce(self._sums.clone())
         by_source = {name: ratios(row) for name, row in zip(self.sources, total.tolist(), strict=True) if row[-1] > 0}
         return ratios(total.sum(dim=0).tolist()), by_source
+
+
+class Clock:
+    """Seconds spent training since the last mark; evaluation and saving pause it."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._pauses = 0.0
+
+    def add_pause(self, seconds: float) -> None:
+        self._pauses += seconds
+
+    def mark(self) -> float:
+        now = time.monotonic()
+        seconds = now - self._since - self._pauses
+        self._since, self._pauses = now, 0.0
+        return max(seconds, 1e-9)

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dft_common.errors import SetupError
+from dft_train.collate import sequence_inputs
 from dft_train.head import HeadTap
 
 _NUMBERS = (-40.0, -3.0, -0.5, 0.25, 1.0, 7.0, 60.0)
@@ -25,7 +27,7 @@ _LEAK = {torch.float32: 1e-3}
 _LEAK_HALF = 0.1
 """Relative norm of the difference above which a slice is taken to see another: far above rounding, far below a leak."""
 
-Inputs = Callable[[Sequence[Sequence[int]]], dict[str, Tensor]]
+Inputs = Callable[[Sequence[Sequence[int]]], dict[str, Any]]
 """From sequences of token ids to the model's inputs for them, packed into one."""
 
 
@@ -69,7 +71,7 @@ def probe_logits(tap: HeadTap, model: Any, config: Any, inputs: Inputs) -> Logit
     return found
 
 
-def _last_hidden(tap: HeadTap, model: Any, inputs: dict[str, Tensor], count: int) -> Tensor:
+def _last_hidden(tap: HeadTap, model: Any, inputs: dict[str, Any], count: int) -> Tensor:
     kept: list[Tensor] = []
 
     def reply(hidden: Tensor) -> Tensor:
@@ -93,3 +95,21 @@ def probe_packing(tap: HeadTap, model: Any, inputs: Inputs, dtype: torch.dtype) 
             f"{difference:.2g} (relative) from those of the same conversation alone",
             remedy="use a model whose layers are all attention, with another --attn_implementation",
         )
+
+
+def probe_model(
+    tap: HeadTap, model: Any, config: Any, *, attention: str, device: torch.device, dtype: torch.dtype
+) -> LogitTransform:
+    """Both questions, in evaluation mode. `model` as it is trained, wrapped; `dtype`: what it computes in."""
+
+    def inputs(sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+        ids = np.concatenate([np.asarray(sequence) for sequence in sequences])
+        made = sequence_inputs([len(sequence) for sequence in sequences], ids, attention)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+
+    training = model.training
+    model.eval()
+    probe_packing(tap, model, inputs, dtype)
+    found = probe_logits(tap, model, config, inputs)
+    model.train(training)
+    return found

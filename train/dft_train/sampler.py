@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -39,6 +39,22 @@ class Layout:
     @property
     def global_batch(self) -> int:
         return self.per_device * self.accumulation * self.world_size
+
+
+def train_layout(args: Any) -> Layout:
+    """From TrainingArguments."""
+    return Layout(
+        per_device=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=args.world_size,
+        rank=args.process_index,
+    )
+
+
+def eval_layout(args: Any) -> Layout:
+    """From TrainingArguments; an evaluation accumulates nothing."""
+    per_device = args.per_device_eval_batch_size
+    return Layout(per_device=per_device, accumulation=1, world_size=args.world_size, rank=args.process_index)
 
 
 def epoch_order(blocks: np.ndarray, *, index_seed: int, seed: int, epoch: int) -> np.ndarray:

@@ -160,7 +160,7 @@ def run(settings: Settings) -> int:
             # Counted before DeepSpeed is known to transformers: its ZeRO-3 would want real weights.
             parameters = parameters_of(data.config, settings.trust_remote_code) if settings.dry_run else 0
             args = make_training_arguments(settings, evaluates=data.evaluation is not None)
-        from dft_train.loop import train_layout
+        from dft_train.sampler import train_layout
 
         if data.train is not None:
             logs.get_logger().info("%s", describe(data.train, data.evaluation, train_layout(args), args))
