@@ -17,7 +17,7 @@ from pathlib import Path
 
 from demo_corpus import write_corpus, write_model, write_tokenizer
 
-REPO = Path(__file__).resolve().parent.parent
+ZERO3 = os.path.relpath(Path(__file__).resolve().parent.parent / "ds_config" / "zero3.json")
 RUN = Path("demo_run")
 BIN = Path(sys.executable).parent
 
@@ -66,14 +66,15 @@ def build() -> None:
 def train() -> None:
     say("5. Train: DeepSpeed ZeRO-3, two CPU ranks, the DFT loss")
     run(
-        *("torchrun", "--nproc_per_node", "2", "-m", "dft_train", "--dataset_dir", RUN / "dataset"),
+        *("deepspeed", "--num_gpus=2", "--module", "dft_train", "--dataset_dir", RUN / "dataset"),
         *("--model_name_or_path", RUN / "model", "--output_dir", RUN / "checkpoint", "--torch_dtype", "float32"),
-        *("--deepspeed", REPO / "ds_config" / "zero3.json", "--bf16", "False", "--dft_alpha", "0.7"),
+        *("--attn_implementation", "sdpa", "--deepspeed", ZERO3, "--bf16", "False", "--dft_alpha", "0.7"),
         *("--max_length", "512", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
-        *("--num_train_epochs", "30", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"),
+        *("--num_train_epochs", "20", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"),
         *("--warmup_ratio", "0.05", "--weight_decay", "0.01", "--logging_steps", "20", "--eval_on_start", "True"),
-        *("--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "no"),
-        *("--save_only_model", "True", "--report_to", "none"),
+        *("--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "no", "--save_only_model", "True"),
+        *("--enable_gradient_checkpointing", "False", "--report_to", "none"),
+        *("--remove_unused_columns", "False", "--ddp_find_unused_parameters", "False"),
     )
 
 

@@ -249,11 +249,12 @@ def _refuse_bad_sources(
         reasons = total(info.left_out for info in infos)
         bad = sum(reasons.values())
         if bad > options.max_bad_records and bad > options.max_bad_fraction * read:
+            limits = f"--max_bad_records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}"
             first = _first_bad(workspace, {file.shown for file in source.files})
             _keep_quarantine(workspace)
             raise DataError(
-                f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); allowed are --max_bad_"
-                f"records {options.max_bad_records} and --max_bad_fraction {options.max_bad_fraction:g}{first}",
+                f"source {source.name}: {bad:,} of {read:,} records are bad ({_reasons(reasons)}); "
+                f"allowed are {limits}{first}",
                 remedy=f"see {workspace.output_dir / QUARANTINE_NAME}, repair the data, or raise both limits",
             )
     if not kept:
