@@ -21,7 +21,7 @@ from dft_common.schema import TEMPLATE_NAME
 
 TOKENIZER_JSON = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
-_SIDE_FILES = ("generation_config.json", "special_tokens_map.json")
+_SIDE_FILES = ("special_tokens_map.json",)
 _HUB_PATTERNS = [TOKENIZER_JSON, CONFIG_NAME, TEMPLATE_NAME, "chat_template.json", "tokenizer.model", *_SIDE_FILES]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

@@ -1,4 +1,4 @@
-"""The user's own script, examples/train.sh, on three GSM8K files of other people, with a tiny model on two CPU ranks."""
+"""The user's own script, examples/train.sh, on three GSM8K files, with a tiny model on two CPU ranks."""
 
 from __future__ import annotations
 
