@@ -118,3 +118,10 @@ def test_a_template_that_is_no_file_is_a_setup_error(tmp_path):
     files = load_tokenizer(str(tiny.write_tokenizer(tmp_path)))
     with pytest.raises(SetupError, match="cannot be read"):
         choose_template(files, "chatlm")
+
+
+def test_a_models_generation_config_is_no_tokenizer_file(tmp_path):
+    directory = tiny.write_tokenizer(tmp_path / "a")
+    (directory / "generation_config.json").write_text("{}")
+    load_tokenizer(str(directory)).save(tmp_path / "b", tiny.PHI)
+    assert not (tmp_path / "b" / "generation_config.json").exists()
