@@ -70,7 +70,7 @@ def train() -> None:
         *("--model_name_or_path", RUN / "model", "--output_dir", RUN / "checkpoint", "--torch_dtype", "float32"),
         *("--attn_implementation", "sdpa", "--deepspeed", ZERO3, "--bf16", "False", "--dft_alpha", "0.7"),
         *("--max_length", "512", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
-        *("--num_train_epochs", "30", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"),
+        *("--num_train_epochs", "36", "--learning_rate", "4e-3", "--lr_scheduler_type", "cosine"),
         *("--warmup_ratio", "0.05", "--weight_decay", "0.01", "--logging_steps", "20", "--eval_on_start", "True"),
         *("--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "no", "--save_only_model", "True"),
         *("--enable_gradient_checkpointing", "False", "--report_to", "none"),
