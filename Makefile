@@ -32,7 +32,7 @@ check: install
 	$(BIN)/pyright
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The base install alone: no torch, no transformers, no datasets.
 check-wheel:

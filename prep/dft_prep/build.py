@@ -10,7 +10,7 @@ import datetime
 import errno
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def _build(
     ]
     recipe.tokenizer.save(workspace.new / TOKENIZER_DIR, recipe.template.source)
     seconds = time.monotonic() - started
-    resumed = sum(result.found for result in results)
+    resumed = _found_finished(results, workspace)
     write_report(workspace.new, manifest, indexes, seconds=seconds, workers=workers, units_found=resumed)
     workspace.publish(manifest)
     print_summary(workspace.output_dir, manifest, indexes, seconds)
@@ -217,10 +217,14 @@ def _run(
         for number, result in run_units(units, context, encoder, workers):
             results[number] = result
             progress.advance(unit_bytes(units[number]), result.info.read, result.info.tokens)
-    found = sum(result.found for result in results.values())
-    if found:
+    if found := _found_finished(results.values(), workspace):
         get_logger().info("going on: %d of %d work units were finished already", found, len(units))
     return [results[number] for number in range(len(units))]
+
+
+def _found_finished(results: Iterable[UnitResult], workspace: Workspace) -> int:
+    """How many units an earlier build had finished."""
+    return sum(result.key in workspace.finished_before for result in results)
 
 
 def _write_quarantine(workspace: Workspace, planned: Sequence[PlannedUnit], results: Sequence[UnitResult]) -> None:

@@ -28,6 +28,7 @@ CODES: dict[str, Code] = {
     "too_deep": Code("error", "The record is nested too deep to be read.", "Leave it out."),
     "lone_surrogate": Code("error", "A text holds half a surrogate pair, which is no character.", "Repair the escape."),
     "truncated_compression": Code("error", "A .gz or .zst stream is cut or damaged.", "Fetch or write the file again."),
+    "unreadable_file": Code("error", "The file as a whole is no chat data.", "Convert it, or take it out."),
     # The shape
     "not_an_object": Code("error", "The record is not a JSON object.", "Write one object a record."),
     "unknown_shape": Code("error", "No known field holds a conversation.", "Rename the fields to `messages`."),

@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
-from dft_common.errors import EXIT_BAD_DATA, SetupError
+from dft_common.errors import EXIT_BAD_DATA, DataError, SetupError
 from dft_common.records import Conversation, Finding
 from dft_prep.codes import CODES
 from dft_prep.encode import BatchEncoder
@@ -59,8 +59,11 @@ class _Encoding:
         date = parse_date(options.template_date or datetime.date.today().isoformat())
         render = RenderOptions(
             train_on=options.train_on,
-            unsupported_tools=options.unsupported_tools,
-            special_tokens_in_text=options.special_tokens_in_text,
+            # What stops a build at its first record is a finding like any other here.
+            unsupported_tools="quarantine" if options.unsupported_tools == "error" else options.unsupported_tools,
+            special_tokens_in_text="quarantine"
+            if options.special_tokens_in_text == "error"
+            else options.special_tokens_in_text,
         )
         self.renderer = Renderer(template.source, tokenizer, date, render)
         reference = ReferenceEncoder(tokenizer)
@@ -100,15 +103,39 @@ class _Encoding:
         self.waiting.clear()
 
 
+def _unreadable(shown: str, error: DataError) -> Finding:
+    """A file that cannot be read at all ends a build; here it is one finding among the others."""
+    return Finding(
+        file=shown,
+        line=1,
+        column=1,
+        byte_offset=0,
+        code="unreadable_file",
+        severity=CODES["unreadable_file"].severity,
+        path="$",
+        message=error.message.removeprefix(f"{shown}: "),
+        help=error.remedy,
+    )
+
+
 def _findings(sources: list[Source], summary: Summary, encoding: _Encoding | None) -> Iterator[Finding]:
-    planned = [(source.name, plan_units(file, source.name)) for source in sources for file in source.files]
+    planned: list[tuple[str, list[Unit]]] = []
+    for source in sources:
+        for file in source.files:
+            try:
+                planned.append((source.name, plan_units(file, source.name)))
+            except DataError as error:
+                yield _unreadable(file.shown, error)
     size = sum(unit.file.size if unit.end < 0 else unit.end - unit.start for _, units in planned for unit in units)
     with Progress(size) as progress:
         for name, units in planned:
             lines = 0
             for unit in units:
                 reader = UnitReader(unit)
-                yield from _unit_findings(reader, unit, name, lines, summary, encoding, progress)
+                try:
+                    yield from _unit_findings(reader, unit, name, lines, summary, encoding, progress)
+                except DataError as error:
+                    yield _unreadable(unit.file.shown, error)
                 lines += reader.lines
     if encoding is not None:
         yield from encoding.flush()

@@ -70,8 +70,6 @@ class UnitResult(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     fingerprint: str
     info: PartInfo
-    found: bool
-    """The part was there already."""
 
 
 def part_path(parts_dir: Path, key: str) -> Path:
@@ -173,7 +171,7 @@ class Worker:
         info_path = part_info_path(self.context.parts_dir, key)
         try:
             info = msgspec.json.decode(info_path.read_bytes(), type=PartInfo)
-            return UnitResult(key=key, fingerprint=fingerprint, info=info, found=True)
+            return UnitResult(key=key, fingerprint=fingerprint, info=info)
         except (FileNotFoundError, msgspec.MsgspecError):
             pass
         part = _Part(self, key)
@@ -187,7 +185,7 @@ class Worker:
             part.abandon()
             raise
         write_atomically(info_path, msgspec.json.encode(info))
-        return UnitResult(key=key, fingerprint=fingerprint, info=info, found=False)
+        return UnitResult(key=key, fingerprint=fingerprint, info=info)
 
     def _one(self, part: _Part, raw: RawRecord, shown: str) -> None:
         judged = judge(raw, shown)

@@ -36,6 +36,8 @@ class Workspace:
         self.work = output_dir / WORK_DIR
         self.parts = self.work / "parts"
         self.new = self.work / "new"
+        self.finished_before: set[str] = set()
+        """Keys of the parts that an earlier build left."""
         self._lock: int | None = None
 
     def open(self, *, resume: bool) -> None:
@@ -60,6 +62,7 @@ class Workspace:
         if not resume:
             shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(exist_ok=True)
+        self.finished_before = {path.stem for path in self.parts.glob("*.json")}
         for leftover in self.parts.glob("*.tmp"):
             leftover.unlink()
         self.new.mkdir()
