@@ -117,7 +117,8 @@ def ask() -> None:
         right += answer == reply
         if number < 8 or answer != reply:
             verdict = "right" if answer == reply else "WRONG"
-            print(f"  {verdict}: {tokenizer.decode(prompt).splitlines()[1]} -> {tokenizer.decode(answer)}")
+            question = tokenizer.decode(prompt).splitlines()[1].removesuffix("<|im_end|>")
+            print(f"  {verdict}: {question} -> {tokenizer.decode(answer)}")
     print(f"{right} of {len(pairs)} held-out prompts answered rightly")
     if right < 0.9 * len(pairs):
         sys.exit("the demo failed: fewer than 9 in 10 held-out prompts were answered rightly")
