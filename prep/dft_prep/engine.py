@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,8 @@ def _die_with_parent() -> None:
 
 def _start(context: WorkContext | None) -> None:
     global _worker
+    # Ctrl-C reaches every process of the terminal; the build alone answers it, and lets running units finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     if context is not None:
         _worker = Worker(context, make_batch_encoder(context))

@@ -164,17 +164,18 @@ def test_a_killed_build_looks_incomplete_and_goes_on(corpus, model_dir, small_un
     assert tree(killed) == tree(whole)
 
 
-def test_ctrl_c_exits_130_and_leaves_nothing_complete(corpus, model_dir, small_units, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_exits_130_and_leaves_nothing_complete(corpus, model_dir, small_units, tmp_path, workers):
     out = tmp_path / "out"
+    words = build_words(corpus, model_dir, out, "--preprocessing_num_workers", workers)
     process = subprocess.Popen(
-        [sys.executable, small_units, *build_words(corpus, model_dir, out)], stderr=subprocess.PIPE, text=True
+        [sys.executable, small_units, *words], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 60
-    while not (out / ".work" / "parts").exists():
+    while not list((out / ".work" / "parts").glob("*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err

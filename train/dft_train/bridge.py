@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -164,7 +165,9 @@ def built_dataset(settings: Settings) -> Iterator[Path]:
             code = _run_build(settings)
             write_atomically(path, encode_json(Status(state="failed" if code else "done", exit_code=code)))
             if code:
-                # Long enough for the others to read it, before a launcher ends them without a word.
+                # Long enough for the others to read it, before a launcher ends them without a word. It may end this
+                # rank too, once one of them has left: the status file is to go all the same.
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
                 time.sleep(HEARTBEAT_SECONDS if world_size > 1 else 0)
                 raise SystemExit(code)
             yield dataset_dir
