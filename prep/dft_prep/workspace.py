@@ -72,7 +72,8 @@ class Workspace:
             raise SetupError(f"--output_dir {self.output_dir}: this is a file", remedy="give a directory")
         if not self.output_dir.is_dir() or (self.output_dir / MANIFEST_NAME).exists() or self.work.exists():
             return
-        foreign = sorted(item.name for item in self.output_dir.iterdir() if item.name not in _PUBLISHED)
+        # A folder named train may be anything: only a quarantine is left by a build that failed.
+        foreign = sorted(item.name for item in self.output_dir.iterdir() if item.name != QUARANTINE_NAME)
         if foreign:
             raise SetupError(
                 f"--output_dir {self.output_dir}: holds files that are no dataset's ({foreign[0]!r})",

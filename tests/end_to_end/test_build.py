@@ -201,10 +201,12 @@ def test_the_same_again_is_up_to_date_and_another_recipe_needs_overwrite(corpus,
 
 def test_a_directory_with_other_files_is_not_touched(corpus, model_dir, dft_prep, tmp_path):
     out = tmp_path / "precious"
-    out.mkdir()
-    (out / "thesis.tex").write_text("x")
-    assert "thesis.tex" in dft_prep(*build_words(corpus, model_dir, out), check=2).stderr
-    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    for name in ("thesis.tex", "train/notes.txt"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("x")
+        assert "files that are no dataset's" in dft_prep(*build_words(corpus, model_dir, out), check=2).stderr
+        assert [path.name for path in out.rglob("*") if path.is_file()] == [Path(name).name]
+        shutil.rmtree(out)
 
 
 def test_too_many_bad_records_fail_with_their_reasons_and_no_manifest(model_dir, dft_prep, tmp_path):
