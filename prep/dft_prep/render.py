@@ -242,18 +242,20 @@ class Renderer:
         spans: list[Span],
         notes: Counter[str],
     ) -> None:
-        replies: dict[int, str] = {}
-        for span in spans:
-            replies[span.message] = replies.get(span.message, "") + traced.text[span.start : span.end]
+        text = traced.text
+
+        def trained(part: str, number: int) -> bool:
+            return any(text.find(part, span.start, span.end) >= 0 for span in spans if span.message == number)
+
         for number, message in enumerate(messages):
-            content = (message["content"] or "").strip()
+            content = message["content"] or ""
             if message["role"] == "assistant":
-                if content and content not in replies.get(number, ""):
+                if content and not trained(content, number) and not trained(content.strip(), number):
                     notes["reply_rewritten"] += 1
                 reasoning = conversation.messages[number].reasoning
-                if reasoning and message["reasoning"].strip() not in replies.get(number, ""):
+                if reasoning and not trained(message["reasoning"].strip(), number):
                     notes["reasoning_not_printed"] += 1
-            elif content and content not in traced.text:
+            elif content and content not in text and content.strip() not in text:
                 notes[f"{message['role']}_not_printed"] += 1
 
 

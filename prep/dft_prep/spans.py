@@ -116,6 +116,8 @@ def find_spans(
             spans.append(Span(stretch.message, start, max(start, _end(traced.text, start, stretch.end))))
     if rules.end_of_turn is not None:
         for span in spans:
+            if traced.text.endswith(rules.end_of_turn, span.start, span.end):
+                continue
             if not traced.text.endswith(rules.control_texts, span.start, span.end):
                 tail = traced.text[max(span.start, span.end - 40) : span.end]
                 raise MaskUnsure(

@@ -245,7 +245,8 @@ class ChatTemplate:
             raise TemplateRefusal(f"line {error.lineno}: {error.message}") from None
         except jinja2.TemplateError as error:
             raise TemplateRefusal(str(error)) from None
-        return environment.template_class.from_code(environment, code, environment.make_globals(None))
+        # A plain dict: Jinja copies the globals for every render, and its own ChainMap is slow to copy.
+        return environment.template_class.from_code(environment, code, dict(environment.globals))
 
     def _run(self, template: jinja2.Template, messages: list, tools: Any, prompt: bool) -> str:
         try:

@@ -20,6 +20,9 @@ from dft_train.trackers import check_trackers
 
 _ALL_OF_WARMUP = 1 - 1e-9
 _DEFAULTS: dict[str, Any] = {
+    # A pack is a full sequence; eight of them in one would cost sdpa a mask of 64 times the size.
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
     "disable_tqdm": True,
     "log_level": "error",
     # Every parameter of a causal language model is used; looking for unused ones costs a pass over the graph.
