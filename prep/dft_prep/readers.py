@@ -6,6 +6,8 @@ file's size.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -90,12 +92,15 @@ class UnitReader:
         import pyarrow.parquet as pq
 
         shown = self.unit.file.shown
-        if self.unit.compression != "none":
-            raise DataError(f"{shown}: a compressed Parquet file", remedy="decompress it; Parquet compresses by itself")
-        with open_raw(self.unit.file) as raw:
+        with open_raw(self.unit.file) as raw, tempfile.TemporaryFile() as unpacked:
             try:
+                seekable: Any = raw
+                if self.unit.compression != "none":
+                    # Parquet is read from its end, which a compressed stream cannot do.
+                    shutil.copyfileobj(decompressed(raw, self.unit.compression), unpacked, _CHUNK)
+                    seekable = unpacked
                 row = 0
-                for batch in pq.ParquetFile(raw).iter_batches(batch_size=_PARQUET_ROWS):
+                for batch in pq.ParquetFile(seekable).iter_batches(batch_size=_PARQUET_ROWS):
                     for record in _dicts(batch):
                         row += 1
                         if isinstance(record, UnicodeDecodeError):
@@ -103,7 +108,7 @@ class UnitReader:
                             yield RawRecord(line=row, byte_offset=-1, data={}, problem=problem)
                         else:
                             yield RawRecord(line=row, byte_offset=-1, data=record)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, Truncated) as error:
                 raise DataError(
                     f"{shown}: cannot be read as Parquet: {error}", remedy="write the file again, or take it out"
                 ) from None

@@ -178,6 +178,15 @@ def test_parquet_rows_come_as_dicts_with_their_row_as_line(tmp_path):
     assert [(raw.line, raw.byte_offset) for raw in records] == [(number, -1) for number in range(1, 3001)]
 
 
+def test_a_compressed_parquet_is_read_and_a_cut_one_is_named(tmp_path):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), out)
+    packed = gzip.compress(out.getvalue())
+    assert [record.data for record in read(write(tmp_path, packed, "a.parquet.gz"))] == ROWS
+    with pytest.raises(DataError, match=r"cut\.parquet\.gz"):
+        read(write(tmp_path, packed[:-20], "cut.parquet.gz"))
+
+
 def test_a_parquet_row_that_is_no_utf8_is_bad_alone(tmp_path):
     raw = pa.array([b"good", b"\xff", b"good too"], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
