@@ -18,7 +18,7 @@ import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.logs import get_logger
-from dft_common.manifest import TemplateInfo, read_manifest
+from dft_common.manifest import Manifest, read_manifest
 from dft_common.packs import PackIndexInfo
 from dft_common.records import Conversation
 from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS, TOKENIZER_DIR
@@ -61,7 +61,8 @@ def build(options: BuildOptions) -> Path:
     workspace = Workspace(output_dir)
     workspace.open(resume=options.resume)
     try:
-        recipe = make_recipe(options, _date(options, workspace))
+        existing = _existing(options, output_dir)
+        recipe = make_recipe(options, _date(options, existing, workspace))
         planned = [
             PlannedUnit(unit=unit, source=number, file=at)
             for number, source in enumerate(sources)
@@ -69,7 +70,7 @@ def build(options: BuildOptions) -> Path:
             for unit in plan_units(file, source.name)
         ]
         workers = options.preprocessing_num_workers or default_workers()
-        if (output_dir / MANIFEST_NAME).exists() and _up_to_date(recipe, sources, planned, output_dir, workers):
+        if existing is not None and _up_to_date(recipe, sources, planned, existing, workers):
             get_logger().info("%s is up to date", output_dir)
             return output_dir
         _build(recipe, sources, planned, workspace, workers, started)
@@ -122,29 +123,38 @@ def _build(
     _warn_of_template(learnt, indexes)
 
 
-def _date(options: BuildOptions, workspace: Workspace) -> datetime.date:
+def _existing(options: BuildOptions, output_dir: Path) -> Manifest | None:
+    """The manifest of a complete dataset in OUT. One that cannot be read is in the way only without --overwrite."""
+    if not (output_dir / MANIFEST_NAME).exists():
+        return None
+    try:
+        return read_manifest(output_dir)
+    except DataError as error:
+        if options.overwrite:
+            return None
+        raise DataError(error.message, remedy="give another directory, or --overwrite True to build it anew") from None
+
+
+def _date(options: BuildOptions, existing: Manifest | None, workspace: Workspace) -> datetime.date:
     """What strftime_now prints: as given, else as in the dataset that is there, else the day of the first start."""
     if options.template_date is not None:
         return parse_date(options.template_date)
-    if (workspace.output_dir / MANIFEST_NAME).exists():
-        kept = read_manifest(workspace.output_dir).recipe.get("template_date")
-        if kept is not None:
-            return parse_date(kept)
+    if existing is not None and "template_date" in existing.recipe:
+        return parse_date(existing.recipe["template_date"])
     return parse_date(workspace.first_start(datetime.date.today().isoformat()))
 
 
 def _up_to_date(
-    recipe: Recipe, sources: Sequence[Source], planned: Sequence[PlannedUnit], output_dir: Path, workers: int
+    recipe: Recipe, sources: Sequence[Source], planned: Sequence[PlannedUnit], manifest: Manifest, workers: int
 ) -> bool:
-    """Whether OUT holds what this build would make. Raises SetupError where it holds something else, unasked."""
-    manifest = read_manifest(output_dir)
+    """Whether `manifest` is of what this build would make. Raises SetupError where it is not, and may not go."""
     fingerprints = fingerprint_units([plan.unit for plan in planned], workers)
     if manifest.recipe_fingerprint == recipe_fingerprint(recipe, sources, planned, fingerprints):
         return True
     if not recipe.options.overwrite:
         changed = what_changed(manifest, describe(recipe, sources), recipe)
         raise SetupError(
-            f"--output_dir {output_dir}: holds a complete dataset of another recipe ({changed})",
+            f"--output_dir {recipe.options.output_dir}: holds a complete dataset of another recipe ({changed})",
             remedy="give another directory, or --overwrite True to replace it",
         )
     return False

@@ -199,6 +199,16 @@ def test_the_same_again_is_up_to_date_and_another_recipe_needs_overwrite(corpus,
     assert not (out / ".work").exists()
 
 
+def test_a_damaged_manifest_is_said_to_be_damaged_and_can_be_replaced(corpus, model_dir, dft_prep, tmp_path):
+    out = tmp_path / "out"
+    dft_prep(*build_words(corpus, model_dir, out))
+    whole = (out / "manifest.json").read_bytes()
+    (out / "manifest.json").write_bytes(whole[:200])
+    assert "damaged" in dft_prep(*build_words(corpus, model_dir, out), check=1).stderr
+    dft_prep(*build_words(corpus, model_dir, out, "--overwrite"))
+    assert (out / "manifest.json").read_bytes() == whole
+
+
 def test_a_directory_with_other_files_is_not_touched(corpus, model_dir, dft_prep, tmp_path):
     out = tmp_path / "precious"
     for name in ("thesis.tex", "train/notes.txt"):
