@@ -18,7 +18,7 @@ import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.logs import get_logger
-from dft_common.manifest import Manifest, read_manifest
+from dft_common.manifest import Manifest, TemplateInfo, read_manifest
 from dft_common.packs import PackIndexInfo
 from dft_common.records import Conversation
 from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS, TOKENIZER_DIR
