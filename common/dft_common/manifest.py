@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dft_common.errors import DataError
+from dft_common.fingerprint import hash_object
 from dft_common.schema import FORMAT_VERSION, MANIFEST_NAME, TokenDtype
 
 
@@ -101,6 +103,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     counts: Counts
     warnings: dict[str, int]
     splits: dict[str, SplitInfo]
+
+
+def rows_fingerprint(splits: Mapping[str, SplitInfo]) -> str:
+    """`Manifest.fingerprint`: the hash of every shard's checksum, in order."""
+    return hash_object([[split, shard.checksum] for split, info in splits.items() for shard in info.shards])
 
 
 def encode_json(value: Any) -> bytes:

@@ -26,7 +26,7 @@ from dft_prep.assemble import AssembleOptions, PartOfSource, assemble
 from dft_prep.checks import pieces_differ, self_check
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder
-from dft_prep.engine import default_workers, fingerprint_units, run_units, unit_bytes
+from dft_prep.engine import default_workers, fingerprint_units, run_units
 from dft_prep.outcome import (
     Learnt,
     PlannedUnit,
@@ -223,10 +223,10 @@ def _run(
     )
     units = [plan.unit for plan in planned]
     results: dict[int, UnitResult] = {}
-    with Progress(sum(unit_bytes(unit) for unit in units)) as progress:
+    with Progress(sum(unit.size for unit in units)) as progress:
         for number, result in run_units(units, context, encoder, workers):
             results[number] = result
-            progress.advance(unit_bytes(units[number]), result.info.read, result.info.tokens)
+            progress.advance(units[number].size, result.info.read, result.info.tokens)
     if found := _found_finished(results.values(), workspace):
         get_logger().info("going on: %d of %d work units were finished already", found, len(units))
     return [results[number] for number in range(len(units))]

@@ -1,7 +1,7 @@
 """Text -> token ids, many texts at a time: the fast engine, and the one that judges it.
 
 Called by `encode`. Both take plain text, in which control tokens are not recognised, and give ids in two
-flat arrays. `fastokens` is some ten times faster and young, so it is trusted only while it is checked:
+flat arrays. `fastokens` is much faster and young, so it is trusted only while it is checked:
 on a torture set at the start, and on one conversation in a thousand all along.
 """
 

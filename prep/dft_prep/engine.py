@@ -79,11 +79,7 @@ def fingerprint_units(units: Sequence[Unit], workers: int) -> list[str]:
 
 
 def _use_pool(units: Sequence[Unit], workers: int) -> bool:
-    return workers > 1 and len(units) > 1 and sum(unit_bytes(unit) for unit in units) >= _POOL_FROM_BYTES
-
-
-def unit_bytes(unit: Unit) -> int:
-    return (unit.end if unit.end >= 0 else unit.file.size) - unit.start
+    return workers > 1 and len(units) > 1 and sum(unit.size for unit in units) >= _POOL_FROM_BYTES
 
 
 def _pooled(
@@ -96,7 +92,7 @@ def _pooled(
         min(workers, len(units)), multiprocessing.get_context("spawn"), initializer=_start, initargs=(context,)
     )
     # Large units first keep all cores busy to the end; at most a few wait in the queue, for a quick stop.
-    waiting = sorted(range(len(units)), key=lambda number: -unit_bytes(units[number]))[::-1]
+    waiting = sorted(range(len(units)), key=lambda number: -units[number].size)[::-1]
     running: dict[Future[Result], int] = {}
     try:
         while waiting or running:

@@ -14,7 +14,15 @@ import msgspec
 
 from dft_common import __version__
 from dft_common.fingerprint import hash_object
-from dft_common.manifest import Counts, FileInfo, Manifest, SourceInfo, TemplateInfo, TokenizerInfo
+from dft_common.manifest import (
+    Counts,
+    FileInfo,
+    Manifest,
+    SourceInfo,
+    TemplateInfo,
+    TokenizerInfo,
+    rows_fingerprint,
+)
 from dft_common.schema import FORMAT_VERSION
 from dft_prep.assemble import Assembled
 from dft_prep.recipe import Recipe
@@ -85,14 +93,13 @@ def make_manifest(
     tokenizer = recipe.tokenizer
     named = tokenizer.named_tokens()
     infos = [result.info for result in results]
-    rows = [[split, shard.checksum] for split, info in assembled.splits.items() for shard in info.shards]
     return Manifest(
         format_version=FORMAT_VERSION,
         toolkit_version=__version__,
         libraries={name: version(name) for name in _LIBRARIES},
         recipe=describe(recipe, sources),
         recipe_fingerprint=recipe_fingerprint(recipe, sources, planned, [result.fingerprint for result in results]),
-        fingerprint=hash_object(rows),
+        fingerprint=rows_fingerprint(assembled.splits),
         token_dtype=recipe.options.token_dtype,
         encoder=learnt.encoder,
         tokenizer=TokenizerInfo(

@@ -132,8 +132,11 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerFiles
     template: Template
     date: datetime.date
-    uses_date: bool
-    """The template prints the date, so that it is part of the recipe."""
+
+    @property
+    def uses_date(self) -> bool:
+        """The template prints the date, so that it is part of the recipe."""
+        return "strftime_now" in self.template.source
 
     @property
     def render_options(self) -> RenderOptions:
@@ -203,5 +206,4 @@ def make_recipe(options: BuildOptions, date: datetime.date) -> Recipe:
         tokenizer=tokenizer,
         template=template,
         date=date,
-        uses_date="strftime_now" in template.source,
     )

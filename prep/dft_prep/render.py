@@ -17,6 +17,7 @@ import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Message, ToolCall
+from dft_prep.codes import CODES
 from dft_prep.probes import Capabilities, learn_rules, probe_capabilities, with_reasoning
 from dft_prep.spans import MaskUnsure, Span, SpanRules, find_spans
 from dft_prep.template import ChatTemplate, TemplateRefusal, Traced
@@ -92,7 +93,7 @@ class Renderer:
         self._numbers = {text: number for number, text in enumerate(self.control_texts)}
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Raises RenderRefusal where the template refuses the conversation or its mask cannot be told."""
+        """Raises RenderRefusal where the template refuses it, its mask cannot be told, or nothing is trained."""
         notes: Counter[str] = Counter()
         messages, tools, has_stand_ins = self.prepare(conversation, notes)
         roles = [message["role"] for message in messages]
@@ -106,10 +107,13 @@ class Renderer:
             raise RenderRefusal("template_refused", "$.messages", f"the chat template refuses it: {error}") from None
         except MaskUnsure as error:
             raise RenderRefusal("mask_unsure", "$.messages", str(error)) from None
+        trained = self._trained(conversation.messages, spans)
+        if not trained:
+            raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
         self._note_unprinted(conversation, messages, traced, spans, notes)
         return Rendered(
             text=traced.text,
-            spans=self._trained(conversation.messages, spans),
+            spans=trained,
             notes=tuple(notes),
             has_stand_ins=has_stand_ins,
         )

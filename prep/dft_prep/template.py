@@ -132,7 +132,7 @@ class _MarkLoops(NodeTransformer):
 
     @staticmethod
     def _call(name: str, value: nodes.Expr, others: list[nodes.Expr]) -> nodes.Output:
-        # A filter, because the sandbox makes a call of a function ten times as dear.
+        # A filter, because the sandbox makes calling a function much dearer.
         return nodes.Output([nodes.Filter(value, name, others, [], None, None)])
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
@@ -233,7 +233,6 @@ class ChatTemplate:
         # measured or cut, so that then every render is compared with the unmarked one.
         self.captures = any(tree.find(kind) is not None for kind in _CAPTURES)
         self.has_generation_tags = "endgeneration" in source
-        self.uses_date = "strftime_now" in source
 
     def _compile(self, environment: ImmutableSandboxedEnvironment, transform: _MarkLoops | None) -> jinja2.Template:
         try:

@@ -28,6 +28,11 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     """-1: to the file's end."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the range, as they lie in the file."""
+        return (self.end if self.end >= 0 else self.file.size) - self.start
+
 
 def plan_units(file: SourceFile, source: str) -> list[Unit]:
     """The work units of a file, in order. Raises DataError where the file holds no chat data."""

@@ -43,7 +43,7 @@ def judge(raw: RawRecord, shown: str) -> Judged | Finding:
     """Judge one record of the file that findings call `shown`."""
     if raw.problem is not None:
         code, message = raw.problem
-        return _finding(raw, shown, code, "$", message, CODES[code].remedy)
+        return record_finding(raw, shown, code, "$", message)
     exact = True
     try:
         value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)
@@ -58,9 +58,9 @@ def judge(raw: RawRecord, shown: str) -> Judged | Finding:
         if not exact or isinstance(raw.data, dict):
             _refuse_unwritable(reconciled.conversation)
     except RecordError as error:
-        return _finding(raw, shown, error.code, error.path, error.message, error.help)
+        return record_finding(raw, shown, error.code, error.path, error.message, error.help)
     except RecursionError:
-        return _finding(raw, shown, "too_deep", "$", "nested too deep", CODES["too_deep"].remedy)
+        return record_finding(raw, shown, "too_deep", "$", "nested too deep")
     conversation = reconciled.conversation
     return Judged(conversation=conversation, ignored=reconciled.ignored, notes=_notes(conversation, raw, shown))
 
@@ -109,7 +109,7 @@ def _illegal(raw: RawRecord, shown: str, error: _Illegal) -> Finding:
     before = raw.data.decode("utf-8", "replace")[: error.position]
     line = raw.line + before.count("\n")
     column = len(before) - (before.rfind("\n") + 1) + 1
-    finding = _finding(raw, shown, error.code, "$", error.message, error.help)
+    finding = record_finding(raw, shown, error.code, "$", error.message, error.help)
     return msgspec.structs.replace(finding, line=line, column=column)
 
 
@@ -140,15 +140,18 @@ def _notes(conversation: Conversation, raw: RawRecord, shown: str) -> tuple[Find
     notes = []
     if messages[-1].role != "assistant":
         path = f"$.messages[{len(messages) - 1}]"
-        notes.append(_finding(raw, shown, "no_reply_at_end", path, f"ends with a {messages[-1].role} turn", ""))
+        notes.append(record_finding(raw, shown, "no_reply_at_end", path, f"ends with a {messages[-1].role} turn"))
     for number, message in enumerate(messages):
         empty = message.content == "" and not message.tool_calls and message.reasoning is None
         if message.role == "assistant" and empty:
-            notes.append(_finding(raw, shown, "empty_reply", f"$.messages[{number}].content", "the reply is empty", ""))
+            notes.append(
+                record_finding(raw, shown, "empty_reply", f"$.messages[{number}].content", "the reply is empty")
+            )
     return tuple(notes)
 
 
-def _finding(raw: RawRecord, shown: str, code: str, path: str, message: str, help: str) -> Finding:
+def record_finding(raw: RawRecord, shown: str, code: str, path: str, message: str, help: str = "") -> Finding:
+    """What is wrong with a record as a whole; `help` defaults to its code's remedy."""
     return Finding(
         file=shown,
         line=raw.line,

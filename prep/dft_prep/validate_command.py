@@ -77,8 +77,6 @@ class _Encoding:
     def add(self, conversation: Conversation, raw: RawRecord, shown: str) -> Iterator[Finding]:
         try:
             rendered = self.renderer.render(conversation)
-            if not rendered.spans:
-                raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
         except RenderRefusal as refusal:
             yield refusal_finding(refusal, raw, shown)
             return
@@ -126,7 +124,7 @@ def _findings(sources: list[Source], summary: Summary, encoding: _Encoding | Non
                 planned.append((source.name, plan_units(file, source.name)))
             except DataError as error:
                 yield _unreadable(file.shown, error)
-    size = sum(unit.file.size if unit.end < 0 else unit.end - unit.start for _, units in planned for unit in units)
+    size = sum(unit.size for _, units in planned for unit in units)
     with Progress(size) as progress:
         for name, units in planned:
             lines = 0
@@ -164,7 +162,7 @@ def _unit_findings(
             summary.good += 1
         else:
             yield from encoding.add(judged.conversation, raw, unit.file.shown)
-    progress.advance((unit.end if unit.end >= 0 else unit.file.size) - unit.start, summary.records - before, 0)
+    progress.advance(unit.size, summary.records - before, 0)
 
 
 def run_validate(options: ValidateOptions) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from dft_common.errors import DataError
-from dft_common.fingerprint import hash_bytes, hash_object, load_tokenizer_json, tokenizer_fingerprint
-from dft_common.manifest import Manifest, SplitInfo, read_manifest
+from dft_common.fingerprint import hash_bytes, load_tokenizer_json, tokenizer_fingerprint
+from dft_common.manifest import Manifest, SplitInfo, read_manifest, rows_fingerprint
 from dft_common.packs import PackIndex, PackIndexInfo, check_pack_index, list_pack_indexes
 from dft_common.reader import check_shard_checksum, list_lengths, open_stream
 from dft_common.schema import QUARANTINE_NAME, SPLITS, TEMPLATE_NAME, TOKENIZER_DIR, row_schema
@@ -57,8 +57,7 @@ def _counts(dataset_dir: Path, manifest: Manifest) -> Iterator[str]:
             yield f"manifest: the sources' counts of {name} do not add up to the total"
     if counts.kept != sum(split.rows for split in manifest.splits.values()):
         yield "manifest: the splits' rows do not add up to the conversations kept"
-    rows = [[split, shard.checksum] for split, info in manifest.splits.items() for shard in info.shards]
-    if hash_object(rows) != manifest.fingerprint:
+    if rows_fingerprint(manifest.splits) != manifest.fingerprint:
         yield "manifest: its fingerprint is not that of its shards"
     yield from _quarantine(dataset_dir / QUARANTINE_NAME, left_out - counts.left_out.get("over_max_conversations", 0))
 

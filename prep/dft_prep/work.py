@@ -18,10 +18,9 @@ import numpy as np
 from dft_common.errors import DataError
 from dft_common.fingerprint import hash_object
 from dft_common.manifest import write_atomically
-from dft_common.records import Conversation, Finding
+from dft_common.records import Finding
 from dft_common.schema import TokenDtype
 from dft_prep.checks import check_conversation
-from dft_prep.codes import CODES
 from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, make_encoder
 from dft_prep.parts import PartWriter
@@ -31,7 +30,7 @@ from dft_prep.rows import Rows
 from dft_prep.split import KEY_DTYPE, conversation_key
 from dft_prep.tokenizer_files import TokenizerFiles
 from dft_prep.units import Unit, unit_fingerprint
-from dft_prep.validate import judge, quarantine_line
+from dft_prep.validate import judge, quarantine_line, record_finding
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
@@ -89,7 +88,7 @@ class _Part:
 
     def __init__(self, worker: Worker, key: str) -> None:
         context = worker.context
-        self.encoder, self.dtype = worker.encoder, context.token_dtype
+        self.encoder = worker.encoder
         self.info = PartInfo()
         self.left_out: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -195,7 +194,7 @@ class Worker:
         part.ignored.update(judged.ignored)
         part.notes.update({note.code for note in judged.notes})
         try:
-            rendered = self._render(judged.conversation)
+            rendered = self.renderer.render(judged.conversation)
         except RenderRefusal as refusal:
             self._leave_out(part, raw, refusal_finding(refusal, raw, shown))
             return
@@ -205,12 +204,6 @@ class Worker:
             self.encoder.check(rendered)
             check_conversation(self.renderer, self.encoder, judged.conversation)
         part.add(rendered, key)
-
-    def _render(self, conversation: Conversation) -> Rendered:
-        rendered = self.renderer.render(conversation)
-        if not rendered.spans:
-            raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
-        return rendered
 
     def _leave_out(self, part: _Part, raw: RawRecord, finding: Finding) -> None:
         if self.context.stop_at_first:
@@ -224,14 +217,4 @@ class Worker:
 
 def refusal_finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
     """A refusal of template or mask as a finding about the record."""
-    return Finding(
-        file=shown,
-        line=raw.line,
-        column=1,
-        byte_offset=raw.byte_offset,
-        code=refusal.code,
-        severity=CODES[refusal.code].severity,
-        path=refusal.path,
-        message=refusal.message,
-        help=CODES[refusal.code].remedy,
-    )
+    return record_finding(raw, shown, refusal.code, refusal.path, refusal.message)

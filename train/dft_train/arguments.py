@@ -38,7 +38,7 @@ OWN_FLAGS = (
         name="enable_gradient_checkpointing",
         kind="bool",
         default=False,
-        help="Compute activations again in the backward pass: less memory, about a third more time.",
+        help="Compute activations again in the backward pass: less memory, more time.",
     ),
     Flag(name="objective", choices=OBJECTIVE_NAMES, default="dft", help="The row weight of the loss."),
     Flag(
