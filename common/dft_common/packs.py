@@ -32,6 +32,17 @@ class Slice(NamedTuple):
     live: int
 
 
+class Lost(msgspec.Struct, frozen=True, kw_only=True):
+    """What an index does not train of one source's rows."""
+
+    rows: int
+    """Rows that lose something."""
+    tokens: int
+    """Tokens that are in no slice."""
+    trained_tokens: int
+    """Labels of the whole rows that are labels of no slice; a slice's first token, which is none, may be among them."""
+
+
 class PackIndexInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The options that made an index, and what is in it."""
 
@@ -49,8 +60,8 @@ class PackIndexInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Trained labels: what num_valid_tokens of a whole epoch adds up to."""
     left_out: dict[str, int]
     """Rows that no pack holds, by reason."""
-    truncated_rows: int
-    truncated_tokens: int
+    lost: dict[str, Lost]
+    """By source; a source that loses nothing is not in it."""
     bytes: int
     checksum: str
 

@@ -319,11 +319,18 @@ def _warn_of_template(learnt: Learnt, indexes: Sequence[PackIndexInfo]) -> None:
             "Give a template whose assistant turns end in one (--chat_template)"
         )
     for index in indexes:
-        if index.truncated_rows:
-            get_logger().warning(
-                "%s: %d conversations are longer than --max_length %d and lose %d tokens (--overlong truncate)",
-                index.split,
-                index.truncated_rows,
-                index.max_length,
-                index.truncated_tokens,
-            )
+        for source, lost in index.lost.items():
+            # Context alone that is cut off trains nothing: the summary counts it, nobody need act on it.
+            if lost.trained_tokens:
+                get_logger().warning(
+                    "%s, source %s: %d conversations do not fit --max_length %d (--overlong %s). Tokens lost: %d, "
+                    "trained tokens lost: %d. Raise --max_length%s",
+                    index.split,
+                    source,
+                    lost.rows,
+                    index.max_length,
+                    index.overlong,
+                    lost.tokens,
+                    lost.trained_tokens,
+                    "" if index.overlong == "split" else ", or choose --overlong split",
+                )

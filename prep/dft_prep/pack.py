@@ -18,12 +18,12 @@ import pyarrow as pa
 from dft_common.errors import DataError
 from dft_common.fingerprint import hash_bytes, hash_object
 from dft_common.manifest import SplitInfo, encode_json, write_atomically
-from dft_common.packs import PackIndexInfo
+from dft_common.packs import Lost, PackIndexInfo
 from dft_common.reader import list_lengths, open_stream
 from dft_common.schema import PACK_SCHEMA
 
 BLOCK_ROWS = 1 << 16
-PACKER_VERSION = 1
+PACKER_VERSION = 2
 
 
 class PackOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,20 +77,84 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def _cut(lengths: np.ndarray, first_row: int, options: PackOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, starts, ends) of the slices that these rows are cut into."""
-    rows = np.arange(first_row, first_row + len(lengths), dtype=np.int64)
-    limit = options.max_length
-    if options.overlong == "split":
-        counts = np.maximum(1, -(-lengths // limit))
-        rows = np.repeat(rows, counts)
-        ordinal = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = ordinal * limit
-        return rows, starts, np.minimum(starts + limit, np.repeat(lengths, counts))
+class _Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of one record batch, as places among its tokens: row i is tokens [starts[i], ends[i])."""
+
+    starts: np.ndarray
+    """[rows] int64."""
+    ends: np.ndarray
+    """[rows] int64."""
+    mask: np.ndarray
+    """[tokens] bool: True where the token is trained."""
+    running: np.ndarray
+    """[tokens + 1] int64: how many trained tokens come before each place."""
+
+    def lengths(self) -> np.ndarray:
+        """[rows] int64."""
+        return self.ends - self.starts
+
+    def labels(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """[slices] int64: trained labels of the slices [starts, ends).
+
+        The first token of a slice is never a label: nothing in the slice comes before it.
+        """
+        return self.running[ends] - self.running[np.minimum(starts + 1, ends)]
+
+
+def _batch(batch: pa.RecordBatch) -> _Batch:
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(batch.column("input_ids")))])
+    mask = batch.column("assistant_masks").values.to_numpy(zero_copy_only=False)
+    running = np.zeros(len(mask) + 1, np.int64)
+    np.cumsum(mask, out=running[1:])
+    return _Batch(starts=offsets[:-1], ends=offsets[1:], mask=mask, running=running)
+
+
+def _truncated(batch: _Batch, starts: np.ndarray, limit: int) -> np.ndarray:
+    """[starts] the ends of the overlong rows at `starts`: after the last trained token within `limit`.
+
+    What follows it trains nothing, and would end the slice inside a header or an unanswered turn. A row without a
+    trained token there ends where it starts.
+    """
+    # The first place with as many trained tokens before it as the limit has is the place after the last of them.
+    ends = np.searchsorted(batch.running, batch.running[starts + limit])
+    return np.maximum(ends, starts)
+
+
+def _split(batch: _Batch, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(numbers, starts, ends) of the slices of all rows, cut after the last turn within `limit` of where each starts.
+
+    Only a turn that is longer than `limit` is cut inside, at the limit. With a limit of 8, `c` context, `T` trained
+    and `|` the cuts: `ccTT|ccTTT|ccccTTTT|TT`. One round cuts one slice off every row that is not yet used up.
+    """
+    # Where a trained token comes before a context token. A turn at its row's end is none: the rest of a row is whole.
+    turn_ends = np.concatenate([[0], np.flatnonzero(batch.mask[:-1] & ~batch.mask[1:]) + 1])
+    numbers, starts = np.arange(len(batch.starts)), batch.starts
+    rounds = []
+    while len(numbers):
+        limits, row_ends = starts + limit, batch.ends[numbers]
+        turns = turn_ends[np.searchsorted(turn_ends, limits, side="right") - 1]
+        ends = np.where(turns > starts, turns, limits)
+        ends = np.where(row_ends <= limits, row_ends, ends)
+        rounds.append((numbers, starts, ends))
+        rest = ends < row_ends
+        numbers, starts = numbers[rest], ends[rest]
+    numbers, starts, ends = (np.concatenate(column) for column in zip(*rounds, strict=True))
+    order = np.argsort(numbers, kind="stable")
+    return numbers[order], starts[order], ends[order]
+
+
+def _cut(batch: _Batch, options: PackOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row numbers, starts, ends) of the slices that the rows are cut into; a row within the limit is one, whole."""
+    over = batch.lengths() > options.max_length
+    if options.overlong == "split" and over.any():
+        return _split(batch, options.max_length)
+    numbers = np.arange(len(batch.starts))
+    ends = batch.ends.copy()
+    if options.overlong == "truncate" and over.any():
+        ends[over] = _truncated(batch, batch.starts[over], options.max_length)
     if options.overlong == "drop":
-        fitting = lengths <= limit
-        rows, lengths = rows[fitting], lengths[fitting]
-    return rows, np.zeros(len(rows), np.int64), np.minimum(lengths, limit)
+        numbers = numbers[~over]
+    return numbers, batch.starts[numbers], ends[numbers]
 
 
 class _Count:
@@ -98,7 +162,7 @@ class _Count:
 
     def __init__(self) -> None:
         self.left_out: Counter[str] = Counter()
-        self.truncated_rows = self.truncated_tokens = 0
+        self.lost: dict[str, Lost] = {}
 
     def overlong(self, lengths: np.ndarray, first_row: int, options: PackOptions) -> None:
         over = lengths > options.max_length
@@ -113,26 +177,46 @@ class _Count:
             )
         if options.overlong == "drop":
             self.left_out["overlong"] += int(over.sum())
-        elif options.overlong == "truncate":
-            self.truncated_rows += int(over.sum())
-            self.truncated_tokens += int((lengths[over] - options.max_length).sum())
+
+    def losses(self, sources: pa.StringArray, tokens: np.ndarray, trained: np.ndarray) -> None:
+        """Add what each row of a batch loses ([rows] each) to its source's."""
+        losing = np.flatnonzero((tokens > 0) | (trained > 0))
+        if not len(losing):
+            return
+        names = sources.take(pa.array(losing)).dictionary_encode()
+        of = names.indices.to_numpy()
+        for code, name in enumerate(names.dictionary.to_pylist()):
+            rows = losing[of == code]
+            before = self.lost.get(name, Lost(rows=0, tokens=0, trained_tokens=0))
+            self.lost[name] = Lost(
+                rows=before.rows + len(rows),
+                tokens=before.tokens + int(tokens[rows].sum()),
+                trained_tokens=before.trained_tokens + int(trained[rows].sum()),
+            )
 
 
-def _slices(batch: pa.RecordBatch, first_row: int, options: PackOptions, count: _Count) -> Slices:
+def _slices(record_batch: pa.RecordBatch, first_row: int, options: PackOptions, count: _Count) -> Slices:
     """The slices of one record batch that have something to train."""
-    lengths = list_lengths(batch.column("input_ids"))
-    count.overlong(lengths, first_row, options)
-    rows, starts, ends = _cut(lengths, first_row, options)
-    mask = batch.column("assistant_masks").values.to_numpy(zero_copy_only=False)
-    running = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-    base = np.concatenate([[0], np.cumsum(lengths)])[rows - first_row]
-    # The first token of a slice is never a label: nothing in the slice comes before it.
-    lives = running[base + ends] - running[np.minimum(base + starts + 1, base + ends)]
+    batch = _batch(record_batch)
+    count.overlong(batch.lengths(), first_row, options)
+    cut, starts, ends = _cut(batch, options)
+    lives = batch.labels(starts, ends)
     alive = lives > 0
-    whole_rows = np.setdiff1d(rows, rows[alive])
+    numbers, starts, ends, lives = cut[alive], starts[alive], ends[alive], lives[alive]
+    whole_rows = np.setdiff1d(cut, numbers)
     if len(whole_rows):
         count.left_out["nothing_to_train_within_max_length"] += len(whole_rows)
-    return Slices(rows=rows[alive], starts=starts[alive], ends=ends[alive], lives=lives[alive])
+
+    def by_row(values: np.ndarray) -> np.ndarray:
+        return np.bincount(numbers, values, minlength=len(batch.starts)).astype(np.int64)
+
+    count.losses(
+        record_batch.column("source"),
+        tokens=batch.lengths() - by_row(ends - starts),
+        trained=batch.labels(batch.starts, batch.ends) - by_row(lives),
+    )
+    base = batch.starts[numbers]
+    return Slices(rows=numbers + first_row, starts=starts - base, ends=ends - base, lives=lives)
 
 
 def _blocks(split_dir: Path, split: SplitInfo, options: PackOptions, count: _Count) -> Iterator[tuple[int, Slices]]:
@@ -206,8 +290,7 @@ def pack_split(
         tokens=tokens,
         live=live,
         left_out=dict(count.left_out),
-        truncated_rows=count.truncated_rows,
-        truncated_tokens=count.truncated_tokens,
+        lost=count.lost,
         bytes=len(data),
         checksum=hash_bytes(data),
     )

@@ -68,13 +68,26 @@ def summary_lines(manifest: Manifest, indexes: Sequence[PackIndexInfo]) -> list[
             lines.append(f"  fields of {source.name} that are not used: {fields}")
     for split, info in manifest.splits.items():
         index = next(index for index in indexes if index.split == split)
-        lines.append(f"  {split}: {info.rows:,} conversations, {info.tokens:,} tokens, {describe_index(index)}")
+        lines.append(f"  {split}: {info.rows:,} conversations, {info.tokens:,} tokens, {_describe_packs(index)}")
+        lines += _lost_lines(index)
     lines += [f"  note: {number:,} x {WARNINGS.get(code, code)}" for code, number in manifest.warnings.items()]
     return lines
 
 
 def describe_index(index: PackIndexInfo) -> str:
-    """`12 packs of 8,192 (98.7 % full)`, and what no pack holds."""
+    """`12 packs of 8,192 (98.7 % full)`, the rows that no pack holds, and a line for each source that loses tokens."""
+    return "\n".join([_describe_packs(index), *map(printable, _lost_lines(index))])
+
+
+def _lost_lines(index: PackIndexInfo) -> list[str]:
+    return [
+        f"    lost of {source}: tokens {lost.tokens:,}, trained tokens {lost.trained_tokens:,} "
+        f"(in {lost.rows:,} conversations)"
+        for source, lost in index.lost.items()
+    ]
+
+
+def _describe_packs(index: PackIndexInfo) -> str:
     if not index.packs:
         return "no packs"
     fill = _percent(index.tokens, index.packs * index.max_length)

@@ -178,8 +178,7 @@ def write_index(
         tokens=sum(end - start for pack in packs for _, start, end in pack),
         live=sum(sum(pack) for pack in lives),
         left_out={},
-        truncated_rows=0,
-        truncated_tokens=0,
+        lost={},
         bytes=path.stat().st_size,
         checksum=hash_file(path),
     )
