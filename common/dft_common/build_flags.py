@@ -37,6 +37,17 @@ TRAIN_ON = Flag(
     default="all",
     help="`all` assistant turns (a message's weight 0 makes it context), or only the `last`.",
 )
+UNROLL_TURNS = Flag(
+    name="unroll_turns",
+    kind="bool",
+    default=False,
+    help="One row for each trained turn, rendered as inference would have seen it (templates that rewrite history).",
+)
+CHAT_TEMPLATE_KWARGS = Flag(
+    name="chat_template_kwargs",
+    kind="json",
+    help="Variables for the template, as inference will give them: '{\"enable_thinking\": false}'.",
+)
 UNSUPPORTED_TOOLS = Flag(
     name="unsupported_tools",
     choices=("text", "quarantine", "error"),
@@ -70,7 +81,7 @@ PACKING = Flag(name="packing", kind="bool", default=True, help="False: one conve
 SEED = Flag(name="seed", kind="int", default=42, minimum=0, help="Of the validation split and of the packs' order.")
 
 TOKENIZER_FLAGS = (TOKENIZER, CHAT_TEMPLATE, ADD_CHATML_TOKENS)
-RENDER_FLAGS = (TRAIN_ON, UNSUPPORTED_TOOLS, SPECIAL_TOKENS_IN_TEXT, TEMPLATE_DATE)
+RENDER_FLAGS = (TRAIN_ON, UNROLL_TURNS, CHAT_TEMPLATE_KWARGS, UNSUPPORTED_TOOLS, SPECIAL_TOKENS_IN_TEXT, TEMPLATE_DATE)
 PACK_FLAGS = (MAX_LENGTH, OVERLONG, PACKING, SEED)
 
 BUILD_FLAGS = (

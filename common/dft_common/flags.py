@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from dft_common.errors import EXIT_INTERRUPTED, DftError, SetupError, report_err
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
 
-Kind = Literal["str", "int", "float", "bool", "list"]
+Kind = Literal["str", "int", "float", "bool", "list", "json"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,21 @@ class _SourceType(click.ParamType):
         return value if isinstance(value, dict) else str(value)
 
 
+class _JsonObjectType(click.ParamType):
+    """A JSON object: its text on the command line, text or a mapping in a config file. The value is its text."""
+
+    name = "JSON"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parsed = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"not JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"found {value}, expected a JSON object", param, ctx)
+        return json.dumps(parsed, ensure_ascii=False, sort_keys=True)
+
+
 def _click_type(flag: Flag) -> click.ParamType:
     if flag.choices:
         return click.Choice(flag.choices)
@@ -66,6 +82,8 @@ def _click_type(flag: Flag) -> click.ParamType:
         return click.FloatRange(min=flag.minimum, max=flag.maximum)
     if flag.kind == "bool":
         return click.BOOL
+    if flag.kind == "json":
+        return _JsonObjectType()
     return _SourceType() if flag.kind == "list" else click.STRING
 
 

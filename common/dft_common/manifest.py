@@ -32,6 +32,8 @@ class Counts(msgspec.Struct, kw_only=True):
 
     read: int = 0
     kept: int = 0
+    rows: int = 0
+    """Rows that the kept conversations became: more than one each where turns were unrolled."""
     duplicates: int = 0
     left_out: dict[str, int] = {}
     tokens: int = 0

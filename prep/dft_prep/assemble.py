@@ -1,6 +1,6 @@
 """Parts -> the dataset's splits: duplicates left out, each row sent to its side, shards written in corpus order.
 
-Called by `build` when every unit is done. Only the keys (16 bytes a conversation) are held in memory.
+Called by `build` when every unit is done. Only the keys (20 bytes a row) are held in memory.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def _counts(sources: Sequence[Source], parts: Sequence[PartOfSource]) -> list[Co
     return counts
 
 
-def _limit(kept: np.ndarray, already: int, limit: int | None) -> np.ndarray:
-    """`kept` without the rows beyond the source's max_conversations."""
+def _limit(kept: np.ndarray, first: np.ndarray, already: int, limit: int | None) -> np.ndarray:
+    """`kept` without the rows beyond the source's max_conversations. first: whether a row begins a conversation."""
     if limit is None:
         return kept
-    return kept & (already + np.cumsum(kept) <= limit)
+    return kept & (already + np.cumsum(kept & first) <= limit)
 
 
 def assemble(
@@ -74,12 +74,14 @@ def assemble(
         for rows in read_part(part.path):
             here = slice(at, at + len(rows))
             at += len(rows)
-            kept = _limit(~repeated[here], count.kept, source.max_conversations)
-            over = int((~repeated[here] & ~kept).sum())
+            first = rows.keys["turn"] == 0  # a conversation's rows are in one batch
+            kept = _limit(~repeated[here], first, count.kept, source.max_conversations)
+            over = int((~repeated[here] & ~kept & first).sum())
             if over:
                 count.left_out["over_max_conversations"] = count.left_out.get("over_max_conversations", 0) + over
-            count.duplicates += int(repeated[here].sum())
-            count.kept += int(kept.sum())
+            count.duplicates += int((repeated[here] & first).sum())
+            count.kept += int((kept & first).sum())
+            count.rows += int(kept.sum())
             count.tokens += int(rows.lengths()[kept].sum())
             side = validation[here] if source.split is None else np.full(len(rows), source.split == VALIDATION)
             for split, chosen in ((TRAIN, kept & ~side), (VALIDATION, kept & side)):

@@ -184,8 +184,8 @@ def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -
     template = TemplateInfo(
         fingerprint=recipe.template.fingerprint,
         origin=recipe.template.origin,
-        end_of_turn=renderer.rules.end_of_turn,
-        generation_prompt=renderer.rules.prompts[0] if renderer.rules.prompts else "",
+        end_of_turn=renderer.end_of_turn,
+        generation_prompt=renderer.prompts[0] if renderer.prompts else "",
         checks=checks,
     )
     return encoder, template

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from dft_common.errors import DataError
+from dft_common.errors import DataError, printable
 from dft_common.records import Conversation, Message
 from dft_prep.encode import BatchEncoder
-from dft_prep.render import Rendered, Renderer, RenderRefusal
+from dft_prep.probes import RenderedPrefixes
+from dft_prep.render import Prepared, Rendered, Renderer, RenderRefusal, TrainedSpan
+from dft_prep.spans import Span, common_length, ends_in_token, is_rewritten, only_ends
+from dft_prep.trace import Traced
 
 _REMEDY = "give another template with --chat_template FILE.jinja; what the check found is a bug worth reporting"
 
@@ -40,18 +43,6 @@ def probe_conversations() -> list[Conversation]:
     return out
 
 
-def prompts_of(renderer: Renderer, conversation: Conversation) -> list[str]:
-    """What inference would feed before each trained turn, where that is how the whole render begins."""
-    messages, tools, _ = renderer.prepare(conversation, Counter())
-    prompts = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant" and conversation.messages[number].weight > 0:
-            prompt = renderer.prefix(messages, tools, number)
-            if prompt is not None:
-                prompts.append(prompt)
-    return prompts
-
-
 def pieces_differ(renderer: Renderer, encoder: BatchEncoder) -> bool:
     """Whether this tokenizer gives a prompt's pieces other ids than the whole prompt."""
     for conversation in probe_conversations():
@@ -65,45 +56,83 @@ def pieces_differ(renderer: Renderer, encoder: BatchEncoder) -> bool:
     return False
 
 
-def _fail(what: str, conversation: Conversation, ours: str, theirs: str) -> DataError:
-    first = (conversation.messages[0].content or "")[:80]
-    return DataError(
-        f"self-check failed: {what}\n"
-        f"  conversation that begins: {first!r}\n"
-        f"  ours:     {ours!r}\n"
-        f"  expected: {theirs!r}",
-        remedy=_REMEDY,
-    )
+class _Checked(NamedTuple):
+    """A conversation that is being checked."""
+
+    renderer: Renderer
+    conversation: Conversation
+    prepared: Prepared
+    traced: Traced
+    rendered: Rendered
+
+    def fail(self, what: str, ours: str, expected: str, message: int = 0) -> DataError:
+        """What the template's author needs to see: its line, the conversation, the two texts one above the other."""
+        place = self.traced.place_of(message)
+        lines = [f"self-check failed: {what}"]
+        if place is not None and place.line:
+            source = self.renderer.template.source.splitlines()[place.line - 1].strip()
+            lines.append(f"  template line {place.line}: {source[:100]}")
+        turns = [f"{m.role}: {printable((m.content or '')[:60])!r}" for m in self.conversation.messages[: message + 1]]
+        lines += [f"  message {number}, {turn}" for number, turn in enumerate(turns)][-4:]
+        lines += [f"  ours:     {ours!r}", f"  expected: {expected!r}"]
+        return DataError("\n".join(lines), remedy=_REMEDY)
 
 
-def _check_render(renderer: Renderer, conversation: Conversation, rendered: Rendered) -> None:
-    messages, tools, _ = renderer.prepare(conversation, Counter())
-    plain = renderer.template.render(messages, tools)
-    if plain != rendered.text:
-        at = next((i for i, (a, b) in enumerate(zip(plain, rendered.text, strict=False)) if a != b), len(plain))
-        near = slice(max(0, at - 40), at + 40)
-        raise _fail("the traced render differs from the plain one", conversation, rendered.text[near], plain[near])
+def _check_render(checked: _Checked) -> None:
+    plain = checked.renderer.template.render(checked.prepared.messages, checked.prepared.tools)
+    for ours in (checked.traced.text, checked.rendered.text):
+        if ours != plain:
+            at = common_length(plain, ours)
+            near = slice(max(0, at - 40), at + 40)
+            raise checked.fail("the traced render differs from the plain one", ours[near], plain[near])
+
+
+def _check_span(checked: _Checked, span: TrainedSpan, number: int, prefixes: RenderedPrefixes) -> str:
+    """Hold a trained span to its definition: what follows the prompt for that turn. What could be compared.
+
+    A definition needs the whole render to begin with that prompt: it does not where history is rewritten.
+    """
+    rules, text = checked.renderer.rules, checked.rendered.text
+    before, through = prefixes.before(number), prefixes.through(number)
+    if before is None or not text.startswith(before.text):
+        return "prompts_rewritten"
+    trained = text[span.start : span.end]
+    if rules.tagged:
+        return "turns_tagged"
+    if span.start != len(before.text):
+        raise checked.fail(
+            "a trained span does not begin where its prompt ends", trained, text[len(before.text) :][:80]
+        )
+    if through is None or not through.startswith(before.text):
+        return "turns_rewritten"
+    generated = through[len(before.text) :]
+    if generated.startswith(trained) and (ends_in_token(trained, rules) or only_ends(generated[len(trained) :], rules)):
+        return "turns"
+    if is_rewritten(checked.traced, Span(number, span.start, span.end), rules, prefixes):
+        return "turns_rewritten"
+    if trained.startswith(generated.rstrip()):
+        return "turns"  # and the end that the template gives a turn only when another follows
+    raise checked.fail("a trained text differs from what inference would have generated", trained, generated, number)
 
 
 def check_conversation(renderer: Renderer, encoder: BatchEncoder, conversation: Conversation) -> Counter[str]:
     """Check one conversation; count what was compared. Raises DataError, or RenderRefusal for one that is left out."""
     rendered = renderer.render(conversation)
+    prepared = renderer.prepare(conversation)
+    traced = renderer.template.trace(prepared.messages, prepared.tools)
+    checked = _Checked(renderer, conversation, prepared, traced, rendered)
     done: Counter[str] = Counter(conversations=1)
-    _check_render(renderer, conversation, rendered)
-    starts = {span.start for span in rendered.spans}
-    for prompt in prompts_of(renderer, conversation):
-        if not rendered.text.startswith(prompt):
-            done["prompts_rewritten"] += 1
+    _check_render(checked)
+    prefixes = RenderedPrefixes(renderer.template, prepared.messages, prepared.tools)
+    for span, number in zip(rendered.spans, rendered.turns, strict=True):
+        compared = _check_span(checked, span, number, prefixes)
+        done[compared] += 1
+        if compared not in ("turns", "turns_rewritten") or rendered.stand_ins is not None or encoder.whole:
             continue
-        inside = [span for span in rendered.spans if span.start < len(prompt) < span.end]
-        if inside and not renderer.rules.tagged:
-            text = rendered.text[inside[0].start : len(prompt)]
-            raise _fail("a trained span begins inside what the prompt gives", conversation, text, "")
-        if len(prompt) not in starts or rendered.has_stand_ins or encoder.whole:
-            continue
-        ours, whole = encoder.prompt_ids(rendered, len(prompt)), encoder.reference.encode_prompt(prompt)
+        prompt = rendered.text[: span.start]
+        ours, whole = encoder.prompt_ids(rendered, span.start), encoder.reference.encode_prompt(prompt)
         if ours != whole:
-            raise _fail("a prompt's ids differ from inference's", conversation, str(ours[-12:]), str(whole[-12:]))
+            raise checked.fail("a prompt's ids differ from inference's", str(ours[-12:]), str(whole[-12:]), number)
         done["prompts"] += 1
     return done
 

@@ -59,7 +59,7 @@ def cut(rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken]
     at = next_edge = 0
     weight = 0.0
     strip_left = False
-    for start, end in [*renderer.control_positions(text), (len(text), len(text))]:
+    for start, end in [*renderer.control.positions(text), (len(text), len(text))]:
         token = control.get(text[start:end])
         while at < start or edges[next_edge][0] <= start:
             position, after = edges[next_edge]
@@ -70,7 +70,7 @@ def cut(rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken]
             if stop == start and token is not None and token.strips_left:
                 run = _RIGHT_SPACE.sub("", run)
             if run:
-                pieces.append(Piece(renderer.restore(run) if rendered.has_stand_ins else run, None, weight))
+                pieces.append(Piece(rendered.restore(run), None, weight))
             at = stop
             if position <= start:
                 weight, next_edge = after, next_edge + 1
@@ -152,12 +152,12 @@ class BatchEncoder:
             text=rendered.text[:end],
             spans=(TrainedSpan(end, end, 1.0),),
             notes=(),
-            has_stand_ins=rendered.has_stand_ins,
+            stand_ins=rendered.stand_ins,
         )
         return self.encode_pieces([cut(head, self.renderer, self.control)]).input_ids.tolist()
 
     def _encode_whole(self, rendered: Rendered) -> EncodedBatch:
-        if rendered.has_stand_ins:
+        if rendered.stand_ins is not None:
             # Only pieces can keep a control token's text apart from the token.
             return self.encode_pieces([cut(rendered, self.renderer, self.control)])
         ids, starts = self.reference.encode_with_offsets(rendered.text)

@@ -136,7 +136,7 @@ def _source_info(
 def _sum_counts(counts: Sequence[Counts]) -> Counts:
     summed = Counts(left_out=dict(total(count.left_out for count in counts)))
     for count in counts:
-        for name in ("read", "kept", "duplicates", "tokens", "trained_tokens"):
+        for name in ("read", "kept", "rows", "duplicates", "tokens", "trained_tokens"):
             setattr(summed, name, getattr(summed, name) + getattr(count, name))
     return summed
 

@@ -17,11 +17,13 @@ from dft_common.schema import TokenDtype, row_schema
 from dft_prep.rows import Rows, token_columns, weight_array
 from dft_prep.split import KEY_DTYPE
 
+_KEY = pa.binary(KEY_DTYPE.itemsize)
+
 
 def part_schema(dtype: TokenDtype) -> pa.Schema:
     """Columns of a part: those of a row, but for its source and id, which the key and the work unit know."""
     kept = [field for field in row_schema(dtype) if field.name not in ("source", "id")]
-    return pa.schema([*kept, pa.field("key", pa.binary(16))])
+    return pa.schema([*kept, pa.field("key", _KEY)])
 
 
 class PartWriter:
@@ -36,7 +38,7 @@ class PartWriter:
 
     def add(self, rows: Rows) -> None:
         keys = pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(16), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows.keys).tobytes())]
+            _KEY, len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows.keys).tobytes())]
         )
         columns = [*token_columns(rows, self.dtype), weight_array(rows), keys]
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=part_schema(self.dtype)))

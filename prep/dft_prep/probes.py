@@ -1,22 +1,37 @@
 """Learn a template by rendering conversations made for the purpose.
 
 Called once a build, by `render`. Answers: what is the generation prompt; how does a turn open and end;
-what does the template not print (tool calls, tool results, tool lists, reasoning, system turns); in which
-form does it want a tool call's arguments. Nothing is assumed from a template's name.
+what does the template not print (tool calls, tool results, tool lists, reasoning, names, system turns); in which
+form does it want contents and a tool call's arguments; does it rewrite earlier turns. Nothing is assumed from a
+template's name.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from dft_common.errors import SetupError
-from dft_prep.spans import MaskUnsure, SpanRules, assistant_stretches, common_header, find_spans
-from dft_prep.template import ChatTemplate, TemplateRefusal, Traced
+from dft_prep.spans import (
+    Header,
+    MaskUnsure,
+    Span,
+    SpanRules,
+    assistant_texts,
+    common_header,
+    find_spans,
+    is_rewritten,
+)
+from dft_prep.template import ChatTemplate, TemplateRefusal
+from dft_prep.trace import Message, Traced, mark_messages
 
 _USER, _REPLY, _SYSTEM = "probeuserword", "probereplyword", "probesystemword"
 _RESULT, _REASON, _TOOL, _ARGUMENT = "proberesultword", "probereasonword", "probetoolname", "probeargumentword"
+_NAME = "probenameword"
+_CALL_ID = "call00001"  # nine letters and digits, as some templates insist
 
 Messages = list[dict[str, Any]]
 _TOOLS = [
@@ -25,7 +40,11 @@ _TOOLS = [
         "function": {
             "name": _TOOL,
             "description": "A probe.",
-            "parameters": {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"key": {"type": "string", "description": "A key."}},
+                "required": ["key"],
+            },
         },
     }
 ]
@@ -34,37 +53,40 @@ _TOOLS = [
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a template prints."""
 
+    content_parts: bool
+    """It wants a message's content as a list of parts, not as text."""
     tool_calls: Literal["objects", "strings"] | None
     """In which form it prints a tool call's arguments right, or None where it drops calls."""
     null_content: bool
     """A tool call may come with content None (else it has to be empty text)."""
     tool_results: bool
-    results_in_reply: bool
-    """Prints a tool's result inside an assistant turn, so that it would be trained: such conversations are refused."""
     tools: bool
     reasoning: bool
+    names: bool
     system: bool
 
 
-def _user(text: str = _USER) -> dict[str, Any]:
-    return {"role": "user", "content": text}
+class Learnt(NamedTuple):
+    """What the probes taught."""
+
+    rules: SpanRules
+    can: Capabilities
+    end_of_turn: str | None
+    """The control token that ends a reply, or None."""
+    prompts: tuple[str, ...]
+    """The generation prompts that were seen, longest first."""
+    rewrites: bool
+    """It may render an earlier turn otherwise than it rendered it as the last."""
 
 
-def _reply(text: str = _REPLY, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
+def as_parts(content: str | None) -> Any:
+    """A content as the list of parts that some templates want."""
+    return None if content is None else [{"type": "text", "text": content}]
 
 
-def _call(arguments: Any, content: str | None = "") -> dict[str, Any]:
-    function = {"name": _TOOL, "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": content,
-        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
-    }
-
-
-def _result() -> dict[str, Any]:
-    return {"role": "tool", "content": _RESULT, "name": _TOOL, "tool_call_id": "call00001"}
+def text_of(content: Any) -> str:
+    """The text of a content as the template gets it."""
+    return content[0]["text"] if isinstance(content, list) else content or ""
 
 
 def with_reasoning(text: str) -> dict[str, str]:
@@ -72,148 +94,297 @@ def with_reasoning(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text, "thinking": text}
 
 
-def _try(template: ChatTemplate, messages: Messages, tools: Any = None) -> str:
-    try:
-        return template.render(messages, tools)
-    except TemplateRefusal:
-        return ""
+class RenderedPrefixes:
+    """The `Prefixes` of one conversation, rendered when they are asked for."""
+
+    def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any = None) -> None:
+        self._template, self.messages, self._tools = template, messages, tools
+        self.before = cache(self._before)
+        self.through = cache(self._through)
+
+    def content(self, number: int) -> str:
+        return text_of(self.messages[number]["content"])
+
+    def _before(self, number: int) -> Traced | None:
+        try:
+            return self._template.trace(self.messages[:number], self._tools, prompt=True)
+        except TemplateRefusal:
+            return None
+
+    def _through(self, number: int) -> str | None:
+        try:
+            return self._template.render(self.messages[: number + 1], self._tools)
+        except TemplateRefusal:
+            return None
 
 
-def _tool_call_form(template: ChatTemplate, arguments: Any, shown: str) -> bool:
-    text = _try(template, [_user(), _call(arguments), _result(), _reply()], _TOOLS)
-    text = text or _try(template, [_user(), _call(arguments)], _TOOLS)
-    return _ARGUMENT in text and text.count(_TOOL) > 1 and shown not in text
+class _Probe(NamedTuple):
+    """A conversation, rendered; `spans` by the rules learnt so far."""
+
+    messages: list[Message]
+    tools: Any
+    traced: Traced
+
+    @property
+    def roles(self) -> list[str]:
+        return [message["role"] for message in self.messages]
+
+    def spans(self, template: ChatTemplate, rules: SpanRules) -> list[Span]:
+        return find_spans(self.traced, self.roles, rules, RenderedPrefixes(template, self.messages, self.tools))
 
 
-def _takes_null(template: ChatTemplate, arguments: Any) -> bool:
-    """Whether a call with content None prints as one with empty text does (and not the word None, say)."""
-    null, empty = (_try(template, [_user(), _call(arguments, content)], _TOOLS) for content in (None, ""))
-    return bool(null) and null == empty
+class _Prober:
+    """Renders probes, with contents in the form that the template wants."""
+
+    def __init__(self, template: ChatTemplate, *, content_parts: bool) -> None:
+        self.template = template
+        self.content_parts = content_parts
+
+    def _content(self, text: str | None) -> Any:
+        return as_parts(text) if self.content_parts else text
+
+    def user(self, text: str = _USER) -> dict[str, Any]:
+        return {"role": "user", "content": self._content(text)}
+
+    def reply(self, text: str = _REPLY, **more: Any) -> dict[str, Any]:
+        return {"role": "assistant", "content": self._content(text), **more}
+
+    def system(self) -> dict[str, Any]:
+        return {"role": "system", "content": self._content(_SYSTEM)}
+
+    def call(self, arguments: Any, content: str | None = "") -> dict[str, Any]:
+        function = {"name": _TOOL, "arguments": arguments}
+        call = {"id": _CALL_ID, "type": "function", "function": function}
+        return {"role": "assistant", "content": self._content(content), "tool_calls": [call]}
+
+    def result(self) -> dict[str, Any]:
+        return {"role": "tool", "content": self._content(_RESULT), "name": _TOOL, "tool_call_id": _CALL_ID}
+
+    def text(self, messages: Messages, tools: Any = None) -> str:
+        """The render, or "" where the template refuses it."""
+        try:
+            return self.template.render(messages, tools)
+        except TemplateRefusal:
+            return ""
+
+    def prints(self, word: str, messages: Messages) -> bool:
+        """With tools or without: some templates refuse a conversation that has none, others one that has."""
+        return word in self.text(messages) or word in self.text(messages, _TOOLS)
+
+    def probes(self, conversations: list[Messages]) -> Iterator[_Probe]:
+        for messages in conversations:
+            marked = mark_messages(messages)
+            for tools in (None, _TOOLS):
+                try:
+                    yield _Probe(marked, tools, self.template.trace(marked, tools))
+                except TemplateRefusal:
+                    continue
+
+    # What the template prints.
+
+    def _prints_call(self, arguments: Any, wrong: str) -> bool:
+        text = self.text([self.user(), self.call(arguments), self.result(), self.reply()], _TOOLS)
+        text = text or self.text([self.user(), self.call(arguments)], _TOOLS)
+        return _ARGUMENT in text and text.count(_TOOL) > 1 and wrong not in text
+
+    def arguments(self, form: str | None) -> Any:
+        return {"key": _ARGUMENT} if form == "objects" else f'{{"key": "{_ARGUMENT}"}}'
+
+    def call_form(self) -> Literal["objects", "strings"] | None:
+        # An object printed as Python ({'key': ...}) or a string encoded twice ("{\"key\"...) is the wrong form.
+        if self._prints_call(self.arguments("objects"), "{'key'"):
+            return "objects"
+        return "strings" if self._prints_call(self.arguments("strings"), '{\\"key') else None
+
+    def _takes_null(self, form: str) -> bool:
+        """Whether a call with content None prints as one with empty text does (and not the word None, say)."""
+        calls = [self.call(self.arguments(form), content) for content in (None, "")]
+        null, empty = (self.text([self.user(), call], _TOOLS) for call in calls)
+        return bool(null) and null == empty
+
+    def with_call(self, form: str | None) -> Messages:
+        call = self.call(self.arguments(form)) if form else self.reply(_ARGUMENT)
+        return [self.user(), call, self.result(), self.reply()]
+
+    def capabilities(self) -> Capabilities:
+        form = self.call_form()
+        reasoned = self.reply(**with_reasoning(_REASON))
+        return Capabilities(
+            content_parts=self.content_parts,
+            tool_calls=form,
+            null_content=form is not None and self._takes_null(form),
+            tool_results=self.prints(_RESULT, self.with_call(form)),
+            tools=_TOOL in self.text([self.user(), self.reply()], _TOOLS),
+            reasoning=self.prints(_REASON, [self.user(), reasoned]),
+            names=self.prints(_NAME, [{**self.user(), "name": _NAME}, self.reply()]),
+            system=self.prints(_SYSTEM, [self.system(), self.user(), self.reply()]),
+        )
+
+    # The conversations from which the rules are learnt.
+
+    def prefixes(self) -> list[Messages]:
+        user, reply = self.user(), self.reply()
+        return [[user], [self.system(), user], [user, reply, self.user()], [user, reply, self.result()]]
+
+    def answered(self, form: str | None) -> list[Messages]:
+        """Conversations that end in a reply."""
+        reasons = with_reasoning(_REASON)
+        thought = f"<think>\n{_REASON}\n</think>\n\n{_REPLY}"
+        return [
+            [self.user(), self.reply()],
+            [self.system(), self.user(), self.reply()],
+            [self.user(), self.reply(), self.user(), self.reply()],
+            [self.user(), self.reply(**reasons), self.user(), self.reply(**reasons)],
+            [self.user(), self.reply(thought), self.user(), self.reply(thought)],
+            self.with_call(form),
+            [*self.with_call(form), self.user(), self.reply()],
+        ]
 
 
-def probe_capabilities(template: ChatTemplate) -> Capabilities:
-    """What `template` prints and what it drops."""
-    # An object printed as Python ({'key': ...}) or a string encoded twice ("{\"key\"...) is the wrong form.
-    as_objects = _tool_call_form(template, {"key": _ARGUMENT}, "{'key'")
-    as_strings = _tool_call_form(template, f'{{"key": "{_ARGUMENT}"}}', '{\\"key')
-    form: Literal["objects", "strings"] | None = "objects" if as_objects else "strings" if as_strings else None
-    arguments = {"key": _ARGUMENT} if form == "objects" else f'{{"key": "{_ARGUMENT}"}}'
-    call = _call(arguments) if form else _reply(_ARGUMENT)
-    with_result = _try(template, [_user(), call, _result(), _reply()], _TOOLS)
-    reasoned = [_user(), _reply(**with_reasoning(_REASON))]
-    return Capabilities(
-        tool_calls=form,
-        null_content=form is not None and _takes_null(template, arguments),
-        tool_results=_RESULT in with_result,
-        results_in_reply=_RESULT in _reply_text(template, [_user(), call, _result(), _reply()]),
-        tools=_TOOL in _try(template, [_user(), _reply()], _TOOLS),
-        reasoning=_REASON in _try(template, reasoned),
-        system=_SYSTEM in _try(template, [{"role": "system", "content": _SYSTEM}, _user(), _reply()]),
-    )
+def _make_prober(template: ChatTemplate) -> _Prober:
+    """Contents as text, or as parts where the template prints only those."""
+    for content_parts in (False, True):
+        prober = _Prober(template, content_parts=content_parts)
+        if prober.prints(_REPLY, [prober.user(), prober.reply()]):
+            return prober
+    return _Prober(template, content_parts=False)
 
 
-def _reply_text(template: ChatTemplate, messages: Messages) -> str:
-    """All that is printed inside the assistant's stretches."""
-    try:
-        traced = template.trace(messages, _TOOLS)
-        stretches = assistant_stretches(traced, [message["role"] for message in messages])
-    except (TemplateRefusal, MaskUnsure):
-        return ""
-    return "".join(traced.text[stretch.start : stretch.end] for stretch in stretches)
-
-
-def _prompt_after(template: ChatTemplate, messages: Messages) -> str | None:
+def _prompt_after(template: ChatTemplate, messages: Messages, tools: Any) -> str | None:
     """What `add_generation_prompt` adds after `messages`: with it minus without it, from the last turn on.
 
     Not the common prefix of the whole renders, which would eat the `<` that `</s>` and `<|assistant|>` share.
     """
     try:
-        plain, prompted = template.trace(messages), template.trace(messages, prompt=True)
+        marked = mark_messages(messages)
+        plain, prompted = template.trace(marked, tools), template.trace(marked, tools, prompt=True)
     except TemplateRefusal:
         return None
-    ends = [_last_stretch_end(traced, len(messages) - 1) for traced in (plain, prompted)]
-    if None in ends or plain.text[: ends[0]] != prompted.text[: ends[1]]:
+    last = len(messages) - 1
+    places = plain.place_of(last), prompted.place_of(last)
+    if places[0] is None or places[1] is None or plain.text[: places[0].end] != prompted.text[: places[1].end]:
         rest = prompted.text.removeprefix(plain.text)
         return rest if rest != prompted.text and rest else None
-    without, with_prompt = plain.text[ends[0] :], prompted.text[ends[1] :]
+    without, with_prompt = plain.text[places[0].end :], prompted.text[places[1].end :]
     if with_prompt == without:
         return None
     return with_prompt.removeprefix(without)
 
 
-def _last_stretch_end(traced: Traced, message: int) -> int | None:
-    ends = [stretch.end for stretch in traced.stretches if stretch.message == message and stretch.end > stretch.start]
-    return ends[-1] if len(ends) == 1 else None
-
-
-def _prefixes() -> list[Messages]:
-    system = {"role": "system", "content": _SYSTEM}
-    return [
-        [_user()],
-        [system, _user()],
-        [_user(), _reply(), _user()],
-        [_user(), _reply(), _result()],
-    ]
-
-
-def _answered() -> list[Messages]:
-    system = {"role": "system", "content": _SYSTEM}
-    reasons = with_reasoning(_REASON)
-    return [
-        [_user(), _reply()],
-        [system, _user(), _reply()],
-        [_user(), _reply(), _user(), _reply()],
-        [_user(), _reply(**reasons), _user(), _reply(**reasons)],
-    ]
-
-
-def learn_rules(template: ChatTemplate, control_texts: tuple[str, ...]) -> SpanRules:
-    """The rules by which `find_spans` reads this template. Raises SetupError where it prints no plain conversation."""
-    prompts = {prompt for messages in _prefixes() if (prompt := _prompt_after(template, messages))}
-    turns: list[str] = []
-    for messages in _answered():
-        try:
-            traced = template.trace(messages)
-            stretches = assistant_stretches(traced, [message["role"] for message in messages])
-        except (TemplateRefusal, MaskUnsure):
-            continue
-        turns += [traced.text[stretch.start : stretch.end] for stretch in stretches]
-    headers = {common_header(prompt, turn) for prompt in prompts for turn in turns} - {""}
+def learn(template: ChatTemplate, control_texts: tuple[str, ...], eos_token: str | None) -> Learnt:
+    """Everything the probes tell. Raises SetupError where the template prints no plain conversation."""
+    prober = _make_prober(template)
+    can = prober.capabilities()
+    probes = list(prober.probes(prober.answered(can.tool_calls)))
+    found = {
+        prompt
+        for messages in prober.prefixes()
+        for tools in (None, _TOOLS)
+        if (prompt := _prompt_after(template, messages, tools))
+    }
+    prompts = tuple(sorted(found, key=lambda prompt: (-len(prompt), prompt)))
     rules = SpanRules(
-        prompts=tuple(sorted(prompts, key=lambda prompt: (-len(prompt), prompt))),
-        headers=tuple(sorted(headers, key=lambda header: (-len(header), header))),
+        prompt=prompts[0] if len(prompts) == 1 and template.prompt_is_constant else None,
+        headers=_headers(prompts, [*probes, *prober.probes([[prober.user(), prober.reply("")]])]),
         control_texts=control_texts,
-        end_of_turn=None,
+        closers=_closers(probes, control_texts, eos_token),
+        ends_turns=False,
+        ends_last=False,
+        results_in_reply=any(
+            _RESULT in text for probe in probes for text in assistant_texts(probe.traced, probe.roles)
+        ),
         tagged=template.has_generation_tags,
     )
-    return msgspec.structs.replace(rules, end_of_turn=_end_of_turn(template, rules))
+    ends = _ends(template, probes, rules)
+    return Learnt(
+        rules=msgspec.structs.replace(
+            rules,
+            ends_turns=bool(ends.within) and all(ends.within),
+            ends_last=all(ends.last),
+        ),
+        can=can,
+        end_of_turn=ends.token(),
+        prompts=prompts,
+        rewrites=_rewrites(template, probes, rules),
+    )
 
 
-def _end_of_turn(template: ChatTemplate, rules: SpanRules) -> str | None:
-    """The control token that ends each probe's replies, or None where some reply ends otherwise."""
-    ends: set[str | None] = set()
-    refusal = "it prints nothing"
-    for messages in _answered():
+def _headers(prompts: tuple[str, ...], probes: list[_Probe]) -> tuple[Header, ...]:
+    turns = {turn for probe in probes for turn in assistant_texts(probe.traced, probe.roles)}
+    headers = {header for prompt in prompts for turn in turns if (header := common_header(prompt, turn)).text.strip()}
+    return tuple(sorted(headers, key=lambda header: (-len(header.text), header)))
+
+
+def _closers(probes: list[_Probe], control_texts: tuple[str, ...], eos_token: str | None) -> tuple[str, ...]:
+    """Control tokens that follow at once a reply after which its turn's own stretch prints nothing."""
+    tokens = (*control_texts, *((eos_token,) if eos_token else ()))
+    closers: set[str] = set()
+    for probe in probes:
+        text = probe.traced.text
+        for message, _, end, _ in probe.traced.stretches:
+            if probe.roles[message] != "assistant" or not text[:end].rstrip().endswith(_REPLY):
+                continue
+            after = text[end:].lstrip()
+            is_last = message == len(probe.messages) - 1
+            closers |= {t for t in tokens if after.startswith(t) and (is_last or t == eos_token)}
+    return tuple(sorted(closers, key=lambda token: (-len(token), token)))
+
+
+class _Ends(NamedTuple):
+    """The control token that ends each reply of the probes, or None: of replies within, and at the end."""
+
+    within: list[str | None]
+    last: list[str | None]
+
+    def token(self) -> str | None:
+        """What ends a reply, rather at a conversation's end."""
+        return next((token for token in (*self.last, *self.within) if token is not None), None)
+
+
+def _ends(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> _Ends:
+    ends = _Ends([], [])
+    refusal = "" if probes else _first_refusal(template)
+    tokens = (*rules.control_texts, *rules.closers)
+    for probe in probes:
         try:
-            traced = template.trace(messages)
-            roles = [message["role"] for message in messages]
-            spans = find_spans(traced, roles, rules, lambda number, m=messages: _prefix(template, m, number))
-        except (TemplateRefusal, MaskUnsure) as error:
-            refusal = str(error)
+            spans = probe.spans(template, rules)
+        except MaskUnsure as error:
+            refusal = refusal or str(error)
             continue
         for span in spans:
-            text = traced.text[span.start : span.end]
-            ends.add(next((token for token in rules.control_texts if text.endswith(token)), None))
-    if not ends:
+            text = probe.traced.text[span.start : span.end]
+            end = next((token for token in tokens if text.endswith(token)), None)
+            if span.message < len(probe.messages) - 1:
+                ends.within.append(end)
+            elif _REPLY in text:
+                ends.last.append(end)
+            else:
+                refusal = refusal or "it does not print the reply where inference would have generated it"
+    if not ends.last:
         raise SetupError(
             f"the chat template cannot be used: on a plain conversation, {refusal}",
             remedy="give another template with --chat_template FILE.jinja, or `--chat_template chatml`",
         )
-    return ends.pop() if len(ends) == 1 else None
+    return ends
 
 
-def _prefix(template: ChatTemplate, messages: Messages, number: int) -> str | None:
+def _first_refusal(template: ChatTemplate) -> str:
+    prober = _make_prober(template)
     try:
-        return template.render(messages[:number], prompt=True)
-    except TemplateRefusal:
-        return None
+        template.render([prober.user(), prober.reply()])
+    except TemplateRefusal as error:
+        return f"it refuses: {error}"
+    return "it prints nothing"
+
+
+def _rewrites(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> bool:
+    """Whether some probe's turn is rendered otherwise when it is not the last."""
+    for probe in probes:
+        prefixes = RenderedPrefixes(template, probe.messages, probe.tools)
+        try:
+            spans = find_spans(probe.traced, probe.roles, rules, prefixes)
+        except MaskUnsure:
+            continue
+        if any(is_rewritten(probe.traced, span, rules, prefixes) for span in spans):
+            return True
+    return False

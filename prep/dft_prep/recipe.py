@@ -7,6 +7,7 @@ only decides how they are made (workers, resume) is not.
 from __future__ import annotations
 
 import datetime
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from dft_common.schema import TokenDtype
 from dft_prep.render import CHATML, RenderOptions
 from dft_prep.tokenizer_files import CHATML_TOKENS, TokenizerFiles, load_tokenizer
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raised when the same conversation would get other tokens or another mask: parts of older builds are then redone."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
@@ -41,6 +42,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     packing: bool = True
     seed: int = 42
     train_on: Literal["all", "last"] = "all"
+    unroll_turns: bool = False
+    chat_template_kwargs: str | None = None
     unsupported_tools: Literal["text", "quarantine", "error"] = "text"
     special_tokens_in_text: Literal["encode", "quarantine", "error"] = "encode"
     template_date: str | None = None
@@ -81,6 +84,17 @@ def parse_date(text: str) -> datetime.date:
         raise SetupError(
             f"--template_date {text}: expected a date as YYYY-MM-DD", remedy="write it as 2026-01-31"
         ) from None
+
+
+def parse_template_kwargs(text: str | None) -> dict[str, Any]:
+    """The variables of --chat_template_kwargs. Raises SetupError for one that the build itself gives."""
+    given = json.loads(text) if text else {}
+    if taken := sorted(given.keys() & {"messages", "tools", "add_generation_prompt"}):
+        raise SetupError(
+            f"--chat_template_kwargs: {taken[0]!r} is what each conversation gives the template itself",
+            remedy="give only the template's other variables",
+        )
+    return given
 
 
 class Template(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +157,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         options = self.options
         return RenderOptions(
             train_on=options.train_on,
+            unroll_turns=options.unroll_turns,
+            chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
             unsupported_tools=options.unsupported_tools,
             special_tokens_in_text=options.special_tokens_in_text,
         )
@@ -158,6 +174,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
             "sources": sources,
             "chat_template": self.template.fingerprint,
             "train_on": options.train_on,
+            "unroll_turns": options.unroll_turns,
+            "chat_template_kwargs": parse_template_kwargs(options.chat_template_kwargs),
             "unsupported_tools": options.unsupported_tools,
             "special_tokens_in_text": options.special_tokens_in_text,
             "deduplicate": options.deduplicate,

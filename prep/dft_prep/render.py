@@ -1,6 +1,6 @@
 """Conversation -> rendered text with trained spans: the one place where a template meets the data.
 
-Called by `encode` for every conversation, and by `checks` and `preview`. Text stays text: where a message
+Called by `work` for every conversation, and by `checks` and `preview`. Text stays text: where a message
 holds the text of a control token, it is swapped for a stand-in before rendering, so that the control
 tokens found in the render are exactly those that the template wrote.
 """
@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from dft_common.errors import DataError, SetupError
-from dft_common.records import Conversation, Message, ToolCall
+from dft_common.records import Conversation, ToolCall
+from dft_common.records import Message as GivenMessage
 from dft_prep.codes import CODES
-from dft_prep.probes import Capabilities, learn_rules, probe_capabilities, with_reasoning
-from dft_prep.spans import MaskUnsure, Span, SpanRules, find_spans
-from dft_prep.template import ChatTemplate, TemplateRefusal, Traced
+from dft_prep.probes import RenderedPrefixes, as_parts, learn, text_of, with_reasoning
+from dft_prep.sandbox import WATCH, RenderLimit
+from dft_prep.spans import MaskUnsure, Span, ends_in_token, find_spans, is_rewritten
+from dft_prep.stand_ins import ControlTexts, StandIns
+from dft_prep.template import ChatTemplate, TemplateRefusal
 from dft_prep.tokenizer_files import TokenizerFiles
-
-_OPEN, _CLOSE = "\uf8f2", "\uf8f3"
+from dft_prep.trace import Message, Traced, mark_messages
 
 CHATML = (
     "{% for message in messages %}"
@@ -34,11 +36,14 @@ CHATML = (
 
 
 class RenderOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The flags that decide what a render trains."""
+    """The flags that decide what a render holds and trains."""
 
     train_on: Literal["all", "last"] = "all"
+    unroll_turns: bool = False
     unsupported_tools: Literal["text", "quarantine", "error"] = "text"
     special_tokens_in_text: Literal["encode", "quarantine", "error"] = "encode"
+    chat_template_kwargs: Mapping[str, Any] = {}
+    """Variables that every render gets, as inference will (`enable_thinking`)."""
 
 
 class RenderRefusal(Exception):
@@ -61,11 +66,25 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation as text."""
 
     text: str
-    """With stand-ins for control tokens that are text; `Renderer.restore` puts the text back."""
+    """With stand-ins for control tokens that are text; `restore` puts the text back."""
     spans: tuple[TrainedSpan, ...]
     notes: tuple[str, ...]
-    """Codes of what the template did not print as given; counted, and warned of."""
-    has_stand_ins: bool
+    """Codes of what is not trained as given; counted, and warned of."""
+    stand_ins: StandIns | None
+    turns: tuple[int, ...] = ()
+    """The message that each span is of."""
+
+    def restore(self, text: str) -> str:
+        """A part of the text, with the control tokens' texts put back."""
+        return self.stand_ins.restore(text) if self.stand_ins is not None else text
+
+
+class Prepared(NamedTuple):
+    """A conversation as the template gets it."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    stand_ins: StandIns | None
 
 
 class Renderer:
@@ -75,70 +94,120 @@ class Renderer:
         self, source: str, tokenizer: TokenizerFiles, date: datetime.date, options: RenderOptions | None = None
     ) -> None:
         self.options = options or RenderOptions()
-        self.control_texts = tuple(token.text for token in tokenizer.control_tokens())
+        self.control = ControlTexts([token.text for token in tokenizer.control_tokens()])
+        variables = {**tokenizer.named_tokens(), **self.options.chat_template_kwargs}
         try:
-            self.template = ChatTemplate(source, tokenizer.named_tokens(), date)
-        except TemplateRefusal as error:
+            self.template = ChatTemplate(source, variables, date)
+            with WATCH.render():
+                learnt = learn(self.template, self.control.texts, tokenizer.named_tokens().get("eos_token"))
+        except (TemplateRefusal, RenderLimit) as error:
             raise SetupError(
                 f"the chat template cannot be used: {error}", remedy="repair it, or give another with --chat_template"
             ) from None
-        self.rules: SpanRules = learn_rules(self.template, self.control_texts)
-        self.can: Capabilities = probe_capabilities(self.template)
-        self._control = (
-            re.compile("|".join(re.escape(text) for text in self.control_texts)) if self.control_texts else None
-        )
-        # A cheap test before the expression: every control token begins with one of a few short prefixes.
-        self._prefixes = tuple(sorted({text[:2] for text in self.control_texts}))
-        self._stand_in = re.compile(f"{_OPEN}{self.template.nonce}(\\d+){_CLOSE}")
-        self._numbers = {text: number for number, text in enumerate(self.control_texts)}
+        self.rules, self.can = learnt.rules, learnt.can
+        self.end_of_turn, self.prompts, self.rewrites = learnt.end_of_turn, learnt.prompts, learnt.rewrites
+        sought = self.template.sought
+        self._unsought = tuple(text for text in self.control.texts if text not in sought)
+
+    def rows(self, conversation: Conversation) -> list[Rendered]:
+        """The rows that this conversation becomes: one, or under --unroll_turns one for each turn that is trained.
+
+        Raises RenderRefusal where the template refuses it, its mask cannot be told, or nothing is trained.
+        """
+        if not self.options.unroll_turns:
+            return [self.render(conversation)]
+        turns = [n for n, m in enumerate(conversation.messages) if m.role == "assistant" and m.weight > 0]
+        if self.options.train_on == "last":
+            turns = [number for number in turns if number == _last_reply(conversation)]
+        if not turns:
+            raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
+        return [self.render(through_turn(conversation, number)) for number in turns]
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Raises RenderRefusal where the template refuses it, its mask cannot be told, or nothing is trained."""
+        """The conversation in one render. Raises RenderRefusal."""
         notes: Counter[str] = Counter()
-        messages, tools, has_stand_ins = self.prepare(conversation, notes)
-        roles = [message["role"] for message in messages]
         try:
-            traced = self.template.trace(messages, tools)
-            if self.template.captures and self.template.render(messages, tools) != traced.text:
-                raise MaskUnsure("the template measures or changes text that was marked")
-            spans = find_spans(traced, roles, self.rules, lambda number: self.prefix(messages, tools, number))
-            self._check_results(roles)
-        except TemplateRefusal as error:
+            with WATCH.render():
+                prepared, traced = self._trace(conversation, notes)
+                roles = [message["role"] for message in prepared.messages]
+                prefixes = RenderedPrefixes(self.template, prepared.messages, prepared.tools)
+                spans = find_spans(traced, roles, self.rules, prefixes)
+                self._check_results(prepared, traced, spans)
+                trained = [span for span in spans if self._is_trained(conversation, span)]
+                self._note_turns(traced, trained, len(roles) - 1, prefixes, notes)
+        except (TemplateRefusal, RenderLimit) as error:
             raise RenderRefusal("template_refused", "$.messages", f"the chat template refuses it: {error}") from None
         except MaskUnsure as error:
             raise RenderRefusal("mask_unsure", "$.messages", str(error)) from None
-        trained = self._trained(conversation.messages, spans)
         if not trained:
             raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
-        self._note_unprinted(conversation, messages, traced, spans, notes)
+        self._note_unprinted(conversation, prepared, traced, spans, notes)
         return Rendered(
             text=traced.text,
-            spans=trained,
+            spans=tuple(TrainedSpan(s.start, s.end, conversation.messages[s.message].weight) for s in trained),
             notes=tuple(notes),
-            has_stand_ins=has_stand_ins,
+            stand_ins=prepared.stand_ins,
+            turns=tuple(span.message for span in trained),
         )
 
-    def prefix(self, messages: list[dict[str, Any]], tools: Any, number: int) -> str | None:
-        """What inference would feed before message `number`, or None where the template refuses that."""
-        try:
-            return self.template.render(messages[:number], tools, prompt=True)
-        except TemplateRefusal:
-            return None
+    def prepare(self, conversation: Conversation) -> Prepared:
+        """The conversation as `render` gives it to the template."""
+        with WATCH.render():
+            return self._trace(conversation, Counter())[0]
 
-    def control_positions(self, text: str) -> list[tuple[int, int]]:
-        """Characters [start, end) of the control tokens that the template wrote."""
-        return [match.span() for match in self._control.finditer(text)] if self._control else []
-
-    def restore(self, text: str) -> str:
-        """`text` with its stand-ins replaced by the text of the control tokens they stand for."""
-        return self._stand_in.sub(lambda match: self.control_texts[int(match[1])], text)
-
-    def prepare(self, conversation: Conversation, notes: Counter[str]) -> tuple[list[dict[str, Any]], Any, bool]:
-        """(messages, tools, whether stand-ins were put in) as the template gets them: each message its own object."""
+    def _trace(self, conversation: Conversation, notes: Counter[str]) -> tuple[Prepared, Traced]:
         messages, tools = self._template_messages(conversation, notes)
-        return messages, tools, self._protect(messages, tools, notes)
+        if not self._holds_control_text(messages, tools):
+            marked = mark_messages(messages)
+            return Prepared(marked, tools, None), self.template.trace(marked, tools)
+        notes["control_token_in_text"] += 1
+        wanted = self.template.render(messages, tools)
+        # A template may look for a control token's text in a reply, as for the `</think>` that it splits at, and
+        # find nothing where a stand-in is. What it looks for in replies is its own affair, and left to it.
+        for in_replies in (self.control.texts, self._unsought):
+            prepared = self._with_stand_ins(messages, tools, in_replies)
+            traced = self.template.trace(prepared.messages, prepared.tools)
+            assert prepared.stand_ins is not None
+            if prepared.stand_ins.restore(traced.text) == wanted:
+                return prepared, traced
+        raise MaskUnsure("the template prints something else because a message holds a control token's text")
 
-    def _template_messages(self, conversation: Conversation, notes: Counter[str]) -> tuple[list[dict[str, Any]], Any]:
+    def _holds_control_text(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
+        """Whether anything but a role holds one. Raises where the options forbid it."""
+        found = False
+        for number, message in enumerate(messages):
+            for key, value in message.items():
+                if key != "role" and value is not None and self.control.found_in(value):
+                    found = True
+                    self._refuse_control_text(f"$.messages[{number}].{key}")
+        if tools is not None and self.control.found_in(tools):
+            found = True
+            self._refuse_control_text("$.tools")
+        return found
+
+    def _refuse_control_text(self, path: str) -> None:
+        if self.options.special_tokens_in_text == "error":
+            raise DataError(
+                f"{path} holds the text of a control token",
+                remedy="remove it from the data, or use --special_tokens_in_text encode or quarantine",
+            )
+        if self.options.special_tokens_in_text == "quarantine":
+            raise RenderRefusal("control_token_in_text", path, "holds the text of a control token")
+
+    def _with_stand_ins(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, in_replies: tuple[str, ...]
+    ) -> Prepared:
+        everywhere = StandIns.unlike([messages, tools], self.control.texts)
+        replies = everywhere.only(in_replies)
+        swapped = []
+        for message in messages:
+            stand_ins = replies if message["role"] == "assistant" else everywhere
+            swapped.append({key: item if key == "role" else stand_ins.swap(item) for key, item in message.items()})
+        return Prepared(mark_messages(swapped), everywhere.swap(tools), everywhere)
+
+    def _template_messages(
+        self, conversation: Conversation, notes: Counter[str]
+    ) -> tuple[list[dict[str, Any]], list[Any] | None]:
         if self.can.tool_calls is None and self.options.unsupported_tools != "text":
             self._refuse_tool_calls(conversation)
         messages = [self._template_message(message, notes) for message in conversation.messages]
@@ -159,7 +228,7 @@ class Renderer:
                 )
             raise RenderRefusal("tool_calls_not_printed", f"$.messages[{number}].tool_calls", text)
 
-    def _template_message(self, message: Message, notes: Counter[str]) -> dict[str, Any]:
+    def _template_message(self, message: GivenMessage, notes: Counter[str]) -> dict[str, Any]:
         content = message.content
         out: dict[str, Any] = {"role": message.role, "content": content}
         if message.tool_calls and self.can.tool_calls is None:
@@ -176,91 +245,73 @@ class Renderer:
             out["name"] = message.name
         if message.tool_call_id is not None:
             out["tool_call_id"] = message.tool_call_id
+        out["content"] = self._content(out["content"])
         return out
 
-    def _check_results(self, roles: list[str]) -> None:
-        if self.can.results_in_reply and "tool" in roles:
+    def _check_results(self, prepared: Prepared, traced: Traced, spans: list[Span]) -> None:
+        """What is trained may not depend on what a tool answered: else the answer itself might be trained."""
+        roles = [message["role"] for message in prepared.messages]
+        if not self.rules.results_in_reply or "tool" not in roles:
+            return
+        others = [{**m, "content": self._content("0")} if m["role"] == "tool" else m for m in prepared.messages]
+        other = RenderedPrefixes(self.template, mark_messages(others), prepared.tools)
+        answered = self.template.trace(other.messages, prepared.tools)
+        texts = [traced.text[span.start : span.end] for span in spans]
+        if texts != [answered.text[s.start : s.end] for s in find_spans(answered, roles, self.rules, other)]:
             raise MaskUnsure(
                 "the template prints a tool's result inside the assistant's turn, where it would be trained"
             )
 
-    def _protect(self, messages: list[dict[str, Any]], tools: Any, notes: Counter[str]) -> bool:
-        """Swap every control token's text in `messages` and `tools`, in place, for its stand-in."""
-        found = False
-        for number, message in enumerate(messages):
-            for key, value in message.items():
-                if key == "role" or value is None:
-                    continue
-                message[key], swapped = self._swap(value)
-                if swapped and self.options.special_tokens_in_text != "encode":
-                    self._refuse_control_text(number, key)
-                found |= swapped
-        for number in range(len(tools or ())):
-            tools[number], swapped = self._swap(tools[number])
-            found |= swapped
-        if found:
-            notes["control_token_in_text"] += 1
-        return found
+    def _content(self, text: str | None) -> Any:
+        return as_parts(text) if self.can.content_parts else text
 
-    def _refuse_control_text(self, number: int, key: str) -> None:
-        path = f"$.messages[{number}].{key}"
-        if self.options.special_tokens_in_text == "error":
-            raise DataError(
-                f"{path} holds the text of a control token",
-                remedy="remove it from the data, or use --special_tokens_in_text encode or quarantine",
-            )
-        raise RenderRefusal("control_token_in_text", path, "holds the text of a control token")
+    def _is_trained(self, conversation: Conversation, span: Span) -> bool:
+        if span.end <= span.start or conversation.messages[span.message].weight <= 0:
+            return False
+        return self.options.train_on == "all" or span.message == _last_reply(conversation)
 
-    def _swap(self, value: Any) -> tuple[Any, bool]:
-        if isinstance(value, str):
-            if self._control is None or not any(prefix in value for prefix in self._prefixes):
-                return value, False
-            nonce = self.template.nonce
-            swapped = self._control.sub(lambda match: f"{_OPEN}{nonce}{self._numbers[match[0]]}{_CLOSE}", value)
-            return swapped, swapped != value
-        if isinstance(value, dict):
-            keys = [self._swap(key) for key in value]
-            values = [self._swap(item) for item in value.values()]
-            swapped_dict = {key: item for (key, _), (item, _) in zip(keys, values, strict=True)}
-            return swapped_dict, any(swapped for _, swapped in keys + values)
-        if isinstance(value, list):
-            items = [self._swap(item) for item in value]
-            return [item for item, _ in items], any(swapped for _, swapped in items)
-        return value, False
-
-    def _trained(self, messages: tuple[Message, ...], spans: list[Span]) -> tuple[TrainedSpan, ...]:
-        if self.options.train_on == "last" and spans:
-            last = max(span.message for span in spans)
-            spans = [span for span in spans if span.message == last]
-        return tuple(
-            TrainedSpan(span.start, span.end, messages[span.message].weight)
-            for span in spans
-            if messages[span.message].weight > 0 and span.end > span.start
-        )
+    def _note_turns(
+        self, traced: Traced, trained: list[Span], last: int, prefixes: RenderedPrefixes, notes: Counter[str]
+    ) -> None:
+        if self.rewrites and any(
+            span.message != last and is_rewritten(traced, span, self.rules, prefixes) for span in trained
+        ):
+            notes["history_rewritten"] += 1
+        if self.end_of_turn is not None and not all(
+            ends_in_token(traced.text[span.start : span.end], self.rules) for span in trained
+        ):
+            notes["reply_without_end"] += 1
 
     def _note_unprinted(
-        self,
-        conversation: Conversation,
-        messages: list[dict[str, Any]],
-        traced: Traced,
-        spans: list[Span],
-        notes: Counter[str],
+        self, conversation: Conversation, prepared: Prepared, traced: Traced, spans: list[Span], notes: Counter[str]
     ) -> None:
         text = traced.text
 
         def trained(part: str, number: int) -> bool:
             return any(text.find(part, span.start, span.end) >= 0 for span in spans if span.message == number)
 
-        for number, message in enumerate(messages):
-            content = message["content"] or ""
-            if message["role"] == "assistant":
+        for number, message in enumerate(prepared.messages):
+            content = text_of(message["content"])
+            given = conversation.messages[number]
+            if given.name is not None and not self.can.names and given.role != "tool":
+                notes["name_not_printed"] += 1
+            if given.role == "assistant":
                 if content and not trained(content, number) and not trained(content.strip(), number):
                     notes["reply_rewritten"] += 1
-                reasoning = conversation.messages[number].reasoning
-                if reasoning and not trained(message["reasoning"].strip(), number):
+                if given.reasoning and not trained(message["reasoning"].strip(), number):
                     notes["reasoning_not_printed"] += 1
             elif content and content not in text and content.strip() not in text:
-                notes[f"{message['role']}_not_printed"] += 1
+                notes[f"{given.role}_not_printed"] += 1
+
+
+def _last_reply(conversation: Conversation) -> int:
+    return max((n for n, message in enumerate(conversation.messages) if message.role == "assistant"), default=-1)
+
+
+def through_turn(conversation: Conversation, number: int) -> Conversation:
+    """The conversation up to and with message `number`, which alone is trained."""
+    earlier = (msgspec.structs.replace(message, weight=0.0) for message in conversation.messages[:number])
+    return Conversation(messages=(*earlier, conversation.messages[number]), tools=conversation.tools)
 
 
 def _call_text(call: ToolCall) -> str:

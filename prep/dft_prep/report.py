@@ -26,6 +26,10 @@ WARNINGS = {
     "developer_not_printed": "a developer turn is not printed by the template as given",
     "user_not_printed": "a user turn is not printed by the template as given",
     "reasoning_not_printed": "reasoning is not printed by the template: it is not trained",
+    "name_not_printed": "a name is not printed by the template: the model never sees it",
+    "history_rewritten": "an earlier reply is printed otherwise than it was as the last (reasoning removed, say): "
+    "trained as it stands; --train_on last or --unroll_turns True trains replies as they were generated",
+    "reply_without_end": "a reply ends in no end-of-turn token: it does not teach to stop",
     "reply_rewritten": "a reply is not printed by the template as given (it trims or rewrites it)",
     "control_token_in_text": "a message holds a control token's text: it was encoded as plain text",
     "no_reply_at_end": "ends with a turn that nobody answers: that turn is context only",

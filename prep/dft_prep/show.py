@@ -102,7 +102,7 @@ def _preview_source(source: Source, encoder: BatchEncoder) -> Iterator[tuple[str
                     yield f"--- {where}: left out, {judged.code} {judged.path}: {judged.message}", None
                     continue
                 try:
-                    batch = encoder.encode([encoder.renderer.render(judged.conversation)])
+                    batch = encoder.encode(encoder.renderer.rows(judged.conversation))
                 except RenderRefusal as refusal:
                     yield f"--- {where}: left out, {refusal.code}: {refusal.message}", None
                     continue

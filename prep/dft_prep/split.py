@@ -12,8 +12,8 @@ import xxhash
 
 from dft_common.records import Conversation
 
-KEY_DTYPE = np.dtype([("content", "<u8"), ("weights", "<u8")])
-"""16 bytes a conversation: hash of the content, and of content with per-message weights."""
+KEY_DTYPE = np.dtype([("content", "<u8"), ("weights", "<u8"), ("turn", "<u4")])
+"""20 bytes a row: the conversation's hash, that of it with per-message weights, and which of its rows this is."""
 
 _encoder = msgspec.json.Encoder()
 
@@ -45,7 +45,7 @@ def row_id(content: int) -> str:
 
 def duplicates(keys: np.ndarray) -> np.ndarray:
     """[rows] bool: True for every row whose key came before. keys: KEY_DTYPE, in the order of the corpus."""
-    order = np.lexsort((keys["weights"], keys["content"]))  # stable: equal keys stay in corpus order
+    order = np.lexsort((keys["turn"], keys["weights"], keys["content"]))  # stable: equal keys stay in corpus order
     ordered = keys[order]
     repeated = np.zeros(len(keys), bool)
     repeated[order[1:]] = ordered[1:] == ordered[:-1]

@@ -22,7 +22,7 @@ from dft_prep.encoders import ReferenceEncoder, choose_encoder
 from dft_prep.findings import Summary, as_github, as_json, as_text, summary_text
 from dft_prep.progress import Progress
 from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.recipe import parse_date, prepare_tokenizer
+from dft_prep.recipe import parse_date, parse_template_kwargs, prepare_tokenizer
 from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import Unit, plan_units
@@ -40,6 +40,8 @@ class ValidateOptions(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: str | None = None
     add_chatml_tokens: bool = False
     train_on: Literal["all", "last"] = "all"
+    unroll_turns: bool = False
+    chat_template_kwargs: str | None = None
     unsupported_tools: Literal["text", "quarantine", "error"] = "text"
     special_tokens_in_text: Literal["encode", "quarantine", "error"] = "encode"
     template_date: str | None = None
@@ -59,6 +61,8 @@ class _Encoding:
         date = parse_date(options.template_date or datetime.date.today().isoformat())
         render = RenderOptions(
             train_on=options.train_on,
+            unroll_turns=options.unroll_turns,
+            chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
             # What stops a build at its first record is a finding like any other here.
             unsupported_tools="quarantine" if options.unsupported_tools == "error" else options.unsupported_tools,
             special_tokens_in_text="quarantine"
@@ -76,12 +80,12 @@ class _Encoding:
 
     def add(self, conversation: Conversation, raw: RawRecord, shown: str) -> Iterator[Finding]:
         try:
-            rendered = self.renderer.render(conversation)
+            rows = self.renderer.rows(conversation)
         except RenderRefusal as refusal:
             yield refusal_finding(refusal, raw, shown)
             return
         self.summary.good += 1
-        self.waiting.append((rendered, raw, shown))
+        self.waiting += [(rendered, raw, shown) for rendered in rows]
         if len(self.waiting) >= _BATCH_ROWS:
             yield from self.flush()
 

@@ -52,11 +52,11 @@ def _counts(dataset_dir: Path, manifest: Manifest) -> Iterator[str]:
     left_out = sum(counts.left_out.values())
     if counts.read != counts.kept + left_out + counts.duplicates:
         yield f"manifest: {counts.read:,} read are not {counts.kept:,} kept + {left_out:,} left out + duplicates"
-    for name in ("read", "kept", "duplicates", "tokens", "trained_tokens"):
+    for name in ("read", "kept", "rows", "duplicates", "tokens", "trained_tokens"):
         if getattr(counts, name) != sum(getattr(source.counts, name) for source in manifest.sources):
             yield f"manifest: the sources' counts of {name} do not add up to the total"
-    if counts.kept != sum(split.rows for split in manifest.splits.values()):
-        yield "manifest: the splits' rows do not add up to the conversations kept"
+    if counts.rows != sum(split.rows for split in manifest.splits.values()):
+        yield "manifest: the splits' rows do not add up to the rows of the conversations kept"
     if rows_fingerprint(manifest.splits) != manifest.fingerprint:
         yield "manifest: its fingerprint is not that of its shards"
     yield from _quarantine(dataset_dir / QUARANTINE_NAME, left_out - counts.left_out.get("over_max_conversations", 0))

@@ -27,6 +27,7 @@ from dft_prep.parts import PartWriter
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
 from dft_prep.rows import Rows
+from dft_prep.sandbox import WATCH
 from dft_prep.split import KEY_DTYPE, conversation_key
 from dft_prep.tokenizer_files import TokenizerFiles
 from dft_prep.units import Unit, unit_fingerprint
@@ -94,17 +95,20 @@ class _Part:
         self.notes: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
         self.rows: list[Rendered] = []
-        self.keys: list[tuple[int, int]] = []
+        self.keys: list[tuple[int, int, int]] = []
         self.characters = 0
         self.writer = PartWriter(part_path(context.parts_dir, key), context.token_dtype)
         self._quarantine_path = part_quarantine_path(context.parts_dir, key)
         self._quarantine_temporary = self._quarantine_path.with_suffix(f".{os.getpid()}.tmp")
         self.quarantine = self._quarantine_temporary.open("wb")
 
-    def add(self, rendered: Rendered, key: tuple[int, int]) -> None:
-        self.rows.append(rendered)
-        self.keys.append(key)
-        self.characters += len(rendered.text)
+    def add(self, rows: list[Rendered], key: tuple[int, int]) -> None:
+        """A conversation's rows, which stay in one batch."""
+        for turn, rendered in enumerate(rows):
+            self.rows.append(rendered)
+            self.keys.append((*key, turn))
+            self.characters += len(rendered.text)
+        self.info.kept += 1
         if self.characters >= _BATCH_CHARACTERS or len(self.rows) >= _BATCH_ROWS:
             self.flush()
 
@@ -123,7 +127,6 @@ class _Part:
             keys=np.array(self.keys, KEY_DTYPE),
         )
         self.writer.add(rows)
-        self.info.kept += len(rows)
         self.info.tokens += len(rows.input_ids)
         self.rows, self.keys, self.characters = [], [], 0
 
@@ -176,9 +179,10 @@ class Worker:
         part = _Part(self, key)
         try:
             reader = UnitReader(unit)
-            for raw in reader:
-                part.info.read += 1
-                self._one(part, raw, unit.file.shown)
+            with WATCH.on():
+                for raw in reader:
+                    part.info.read += 1
+                    self._one(part, raw, unit.file.shown)
             info = part.close(reader.lines)
         except BaseException:
             part.abandon()
@@ -194,16 +198,17 @@ class Worker:
         part.ignored.update(judged.ignored)
         part.notes.update({note.code for note in judged.notes})
         try:
-            rendered = self.renderer.render(judged.conversation)
+            rows = self.renderer.rows(judged.conversation)
         except RenderRefusal as refusal:
             self._leave_out(part, raw, refusal_finding(refusal, raw, shown))
             return
-        part.notes.update(rendered.notes)
+        part.notes.update({note for rendered in rows for note in rendered.notes})
         key = conversation_key(judged.conversation)
         if key[0] % CHECKED_ONE_IN == 0:
-            self.encoder.check(rendered)
+            for rendered in rows:
+                self.encoder.check(rendered)
             check_conversation(self.renderer, self.encoder, judged.conversation)
-        part.add(rendered, key)
+        part.add(rows, key)
 
     def _leave_out(self, part: _Part, raw: RawRecord, finding: Finding) -> None:
         if self.context.stop_at_first:

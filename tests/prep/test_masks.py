@@ -126,7 +126,7 @@ def test_an_eos_after_the_whole_conversation_is_not_trained(make_encoder):
 
 def test_a_generation_prompt_that_opens_thinking_does_not_eat_the_reply(make_encoder):
     encoder = make_encoder(tiny.THINKING)
-    assert encoder.renderer.rules.prompts[0].endswith("<think>\n")
+    assert encoder.renderer.prompts[0].endswith("<think>\n")
     messages = (
         Message(role="user", content="q"),
         Message(role="assistant", content="old reply", reasoning="old reason"),
@@ -184,13 +184,14 @@ def test_a_template_that_prints_results_inside_the_reply_is_refused_for_them(mak
     assert refusal.value.code == "mask_unsure"
 
 
-def test_a_template_that_measures_marked_text_is_refused(make_encoder):
+def test_a_template_that_measures_marked_text_sees_the_text_alone(make_encoder):
     source = (
         tiny.CHATML + "{% set all %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ all | length }}"
     )
-    with pytest.raises(RenderRefusal) as refusal:
-        make_encoder(source).renderer.render(conversation("a", "b"))
-    assert refusal.value.code == "mask_unsure"
+    encoder = make_encoder(source)
+    item = conversation("aaa", "bbbb")
+    assert encoder.renderer.render(item).text.endswith("<|im_end|>\n7")
+    assert live_texts(encoder, item) == ["bbbb<|im_end|>"]
 
 
 def test_what_a_template_raises_leaves_the_record_out(make_encoder):
@@ -209,7 +210,7 @@ def test_a_template_without_an_end_of_turn_token_trains_to_the_replys_end(make_e
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     encoder = make_encoder(source)
-    assert encoder.renderer.rules.end_of_turn is None
+    assert encoder.renderer.end_of_turn is None
     assert live_texts(encoder, conversation("a", "b", "c", "d")) == ["b", "d"]
 
 
@@ -218,14 +219,14 @@ def test_the_self_check_compares_every_prompt_it_can(make_encoder, name):
     encoder = make_encoder(tiny.TEMPLATES[name])
     done = self_check(encoder.renderer, encoder, [])
     assert done["conversations"] >= 6
-    assert done.get("prompts", 0) + done.get("prompts_rewritten", 0) > 0
+    assert done.get("prompts", 0) + done.get("prompts_rewritten", 0) + done.get("turns_tagged", 0) >= 12
 
 
 def test_the_self_check_fails_for_a_wrong_span(make_encoder, monkeypatch):
     import msgspec
 
     encoder = make_encoder(tiny.CHATML)
-    wrong = msgspec.structs.replace(encoder.renderer.rules, prompts=("<|im_start|>assist",))
+    wrong = msgspec.structs.replace(encoder.renderer.rules, prompt="<|im_start|>assist")
     monkeypatch.setattr(encoder.renderer, "rules", wrong)
     with pytest.raises(DataError, match="self-check failed"):
         self_check(encoder.renderer, encoder, [])

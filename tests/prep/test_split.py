@@ -19,14 +19,14 @@ def conversation(*contents: str, weight: float = 1.0) -> Conversation:
     )
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=50))
-def test_the_first_of_equal_rows_is_kept(pairs):
-    keys = np.array(pairs, KEY_DTYPE)
-    seen: set[tuple[int, int]] = set()
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 2)), max_size=50))
+def test_the_first_of_equal_rows_is_kept(rows):
+    keys = np.array(rows, KEY_DTYPE)
+    seen: set[tuple[int, int, int]] = set()
     expected = []
-    for pair in pairs:
-        expected.append(pair in seen)
-        seen.add(pair)
+    for row in rows:
+        expected.append(row in seen)
+        seen.add(row)
     assert duplicates(keys).tolist() == expected
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tiny
 from dft_prep.template import ChatTemplate, TemplateRefusal
+from dft_prep.trace import mark_messages
 
 DATE = datetime.date(2026, 1, 31)
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -30,7 +31,7 @@ LOOPS = {
 
 
 def printed(template: ChatTemplate, messages: list[dict]) -> dict[int, str]:
-    traced = template.trace(messages)
+    traced = template.trace(mark_messages(messages))
     return {s.message: traced.text[s.start : s.end] for s in traced.stretches if s.end > s.start}
 
 
@@ -40,7 +41,7 @@ def test_the_traced_render_is_the_plain_render(source, texts):
     template = ChatTemplate(source, NAMED, DATE)
     messages = tiny.turns(*texts)
     for prompt in (False, True):
-        assert template.trace(messages, prompt=prompt).text == template.render(messages, prompt=prompt)
+        assert template.trace(mark_messages(messages), prompt=prompt).text == template.render(messages, prompt=prompt)
 
 
 @pytest.mark.parametrize("name", LOOPS)
