@@ -9,7 +9,6 @@ template's name.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -95,27 +94,33 @@ def with_reasoning(text: str) -> dict[str, str]:
 
 
 class RenderedPrefixes:
-    """The `Prefixes` of one conversation, rendered when they are asked for."""
+    """The `Prefixes` of one conversation, rendered when they are asked for, each once."""
 
     def __init__(self, template: ChatTemplate, messages: list[Message], tools: Any = None) -> None:
         self._template, self.messages, self._tools = template, messages, tools
-        self.before = cache(self._before)
-        self.through = cache(self._through)
+        self._before: dict[int, Traced | None] = {}
+        self._through: dict[int, str | None] = {}
 
     def content(self, number: int) -> str:
         return text_of(self.messages[number]["content"])
 
-    def _before(self, number: int) -> Traced | None:
-        try:
-            return self._template.trace(self.messages[:number], self._tools, prompt=True)
-        except TemplateRefusal:
-            return None
+    def before(self, number: int) -> Traced | None:
+        if number not in self._before:
+            try:
+                traced = self._template.trace(self.messages[:number], self._tools, prompt=True)
+            except TemplateRefusal:
+                traced = None
+            self._before[number] = traced
+        return self._before[number]
 
-    def _through(self, number: int) -> str | None:
-        try:
-            return self._template.render(self.messages[: number + 1], self._tools)
-        except TemplateRefusal:
-            return None
+    def through(self, number: int) -> str | None:
+        if number not in self._through:
+            try:
+                text = self._template.render(self.messages[: number + 1], self._tools)
+            except TemplateRefusal:
+                text = None
+            self._through[number] = text
+        return self._through[number]
 
 
 class _Probe(NamedTuple):
@@ -283,11 +288,13 @@ def learn(template: ChatTemplate, control_texts: tuple[str, ...], eos_token: str
         if (prompt := _prompt_after(template, messages, tools))
     }
     prompts = tuple(sorted(found, key=lambda prompt: (-len(prompt), prompt)))
+    closers = _closers(probes, control_texts, eos_token)
     rules = SpanRules(
         prompt=prompts[0] if len(prompts) == 1 and template.prompt_is_constant else None,
         headers=_headers(prompts, [*probes, *prober.probes([[prober.user(), prober.reply("")]])]),
         control_texts=control_texts,
-        closers=_closers(probes, control_texts, eos_token),
+        closers=closers,
+        ends=(*control_texts, *closers),
         ends_turns=False,
         ends_last=False,
         results_in_reply=any(
@@ -344,7 +351,6 @@ class _Ends(NamedTuple):
 def _ends(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> _Ends:
     ends = _Ends([], [])
     refusal = "" if probes else _first_refusal(template)
-    tokens = (*rules.control_texts, *rules.closers)
     for probe in probes:
         try:
             spans = probe.spans(template, rules)
@@ -353,7 +359,7 @@ def _ends(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> _En
             continue
         for span in spans:
             text = probe.traced.text[span.start : span.end]
-            end = next((token for token in tokens if text.endswith(token)), None)
+            end = next((token for token in rules.ends if text.endswith(token)), None)
             if span.message < len(probe.messages) - 1:
                 ends.within.append(end)
             elif _REPLY in text:

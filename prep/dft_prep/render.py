@@ -286,22 +286,29 @@ class Renderer:
         self, conversation: Conversation, prepared: Prepared, traced: Traced, spans: list[Span], notes: Counter[str]
     ) -> None:
         text = traced.text
-
-        def trained(part: str, number: int) -> bool:
-            return any(text.find(part, span.start, span.end) >= 0 for span in spans if span.message == number)
-
-        for number, message in enumerate(prepared.messages):
+        replies = {span.message: span for span in spans}
+        at = 0  # contents are mostly printed in order
+        for number, (given, message) in enumerate(zip(conversation.messages, prepared.messages, strict=True)):
             content = text_of(message["content"])
-            given = conversation.messages[number]
             if given.name is not None and not self.can.names and given.role != "tool":
                 notes["name_not_printed"] += 1
             if given.role == "assistant":
-                if content and not trained(content, number) and not trained(content.strip(), number):
+                _, start, end = replies.get(number, (number, 0, 0))
+                if content and not _holds(text, content, start, end):
                     notes["reply_rewritten"] += 1
-                if given.reasoning and not trained(message["reasoning"].strip(), number):
+                if given.reasoning and not _holds(text, message["reasoning"], start, end):
                     notes["reasoning_not_printed"] += 1
-            elif content and content not in text and content.strip() not in text:
-                notes[f"{given.role}_not_printed"] += 1
+            elif content:
+                found = text.find(content, at)
+                if found >= 0:
+                    at = found
+                elif not _holds(text, content, 0, len(text)):
+                    notes[f"{given.role}_not_printed"] += 1
+
+
+def _holds(text: str, part: str, start: int, end: int) -> bool:
+    """Whether text[start:end] has `part`, but for white space around it."""
+    return text.find(part, start, end) >= 0 or text.find(part.strip(), start, end) >= 0
 
 
 def _last_reply(conversation: Conversation) -> int:

@@ -99,10 +99,19 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_DICT_ATTRIBUTES = frozenset(dir({}))
+
+
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox, which also refuses to make something huge out of something small in a single step."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # `message.content` of a dict: Jinja would look for an attribute first, and catch that there is none.
+        if isinstance(obj, dict) and attribute not in _DICT_ATTRIBUTES and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%":
@@ -142,8 +151,7 @@ class _GenerationTag(jinja2.ext.Extension):
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
     def _render(self, caller: Callable[[], str]) -> str:
-        wrap = getattr(self.environment, "dft_generation", None)
-        return wrap(caller()) if wrap else caller()
+        return caller()
 
 
 class _TemplateDict:

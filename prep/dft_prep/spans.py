@@ -61,6 +61,8 @@ class SpanRules(msgspec.Struct, frozen=True, kw_only=True):
     """Texts of the tokenizer's control tokens, longest first."""
     closers: tuple[str, ...]
     """Control tokens that end turns although they are printed outside their stretches."""
+    ends: tuple[str, ...]
+    """Both: what a trained text ends in that teaches to stop."""
     ends_turns: bool
     """Turns end in a control token, so that each has to; but the last, of which `ends_last` tells."""
     ends_last: bool
@@ -211,7 +213,7 @@ def _spaces(text: str, start: int, end: int) -> int:
 def _end(traced: Traced, start: int, stretch: Stretch, rules: SpanRules) -> int:
     text = traced.text
     end = start + len(text[start : stretch.end].rstrip())
-    if text.endswith(rules.control_texts or ("\0",), start, end):
+    if text.endswith(rules.control_texts, start, end):
         return end
     for closer in rules.closers:
         at = end + _spaces(text, end, len(text))
@@ -243,7 +245,7 @@ def _untraced_span(text: str, number: int, rules: SpanRules, prefixes: Prefixes)
     # What ends the whole conversation stands behind the turn's own end.
     for closer in rules.closers:
         inner = text[start : end - len(closer)].rstrip()
-        if text.endswith(closer, start, end) and inner.endswith(rules.control_texts or ("\0",)):
+        if text.endswith(closer, start, end) and inner.endswith(rules.control_texts):
             end = start + len(inner)
     return Span(number, start, end)
 
@@ -294,10 +296,10 @@ def find_spans(traced: Traced, roles: Sequence[str], rules: SpanRules, prefixes:
 def _check_ends(traced: Traced, spans: Sequence[Span], rules: SpanRules, last: int, prefixes: Prefixes) -> None:
     """Every span ends in a control token where turns do, but where the template itself ends one otherwise."""
     for span in spans:
-        text = traced.text[span.start : span.end]
         wanted = rules.ends_last if span.message == last else rules.ends_turns
-        if not wanted or ends_in_token(text, rules):
+        if not wanted or traced.text.endswith(rules.ends, span.start, span.end):
             continue
+        text = traced.text[span.start : span.end]
         through = prefixes.through(span.message)
         if through is None or not through.startswith(traced.text[: span.end]) or through[span.end :].strip():
             raise MaskUnsure(
@@ -307,7 +309,7 @@ def _check_ends(traced: Traced, spans: Sequence[Span], rules: SpanRules, last: i
 
 def ends_in_token(text: str, rules: SpanRules) -> bool:
     """Whether a trained text teaches to stop."""
-    return text.endswith((*rules.control_texts, *rules.closers))
+    return text.endswith(rules.ends)
 
 
 def is_rewritten(traced: Traced, span: Span, rules: SpanRules, prefixes: Prefixes) -> bool:
@@ -327,7 +329,7 @@ def only_ends(text: str, rules: SpanRules) -> bool:
     """Nothing but white space and control tokens."""
     text = text.strip()
     while text:
-        token = next((t for t in (*rules.closers, *rules.control_texts) if text.startswith(t)), None)
+        token = next((t for t in rules.ends if text.startswith(t)), None)
         if token is None:
             return False
         text = text[len(token) :].strip()

@@ -75,13 +75,13 @@ class ControlTexts:
     def found_in(self, value: Any) -> bool:
         """Whether a string of this JSON value, a key too, holds one."""
         if isinstance(value, str):
-            return any(prefix in value for prefix in self._prefixes) and bool(self._search(value))
+            for prefix in self._prefixes:
+                if prefix in value:
+                    return self._expression is not None and self._expression.search(value) is not None
+            return False
         if isinstance(value, dict):
             return any(self.found_in(key) or self.found_in(item) for key, item in value.items())
         return isinstance(value, list) and any(map(self.found_in, value))
-
-    def _search(self, text: str) -> re.Match[str] | None:
-        return self._expression.search(text) if self._expression else None
 
     def positions(self, text: str) -> list[tuple[int, int]]:
         """Characters [start, end) of each."""

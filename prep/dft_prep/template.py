@@ -22,7 +22,6 @@ from dft_prep.trace import (
     Traced,
     join,
     join_values,
-    mark_generation,
     read_marks,
 )
 
@@ -56,7 +55,7 @@ class ChatTemplate:
         marking.filters.update(dft_mark=getattr, dft_join=join_values)
         loops = MarkLoops()
         self._marked = self._compile(marking, loops)
-        marking.extend(dft_generation=mark_generation, **loops.loop_marks)
+        marking.extend(**loops.marks)
         self.has_generation_tags = "endgeneration" in source
 
     def _compile(self, environment: TemplateEnvironment, marks: MarkLoops | None) -> jinja2.Template:

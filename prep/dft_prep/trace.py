@@ -34,9 +34,9 @@ class Traced(NamedTuple):
     """A render, and what the marks said."""
 
     text: str
-    stretches: tuple[Stretch, ...]
+    stretches: Sequence[Stretch]
     """In the order of the text; a message that a template passes over without printing has an empty one."""
-    generations: tuple[tuple[int, int], ...]
+    generations: Sequence[tuple[int, int]]
     """Characters inside the template's own `{% generation %}` blocks."""
 
     def place_of(self, message: int) -> Stretch | None:
@@ -151,17 +151,18 @@ def mark_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 class MarkLoops(NodeTransformer):
-    """Prints a mark before each `for` loop, at the start of each turn of it, and after it.
+    """Prints a mark before each `for` loop, at the start of each turn of it, after it, and around generation blocks.
 
-    A turn left by `continue` or `break` ends where the next begins. The marks around a loop are attributes of the
-    environment (`loop_marks`), and the mark of a turn is an attribute of the message, for nothing is cheaper in a
-    compiled template.
+    A turn left by `continue` or `break` ends where the next begins. The mark of a turn is an attribute of the message,
+    and the others are attributes of the environment (`marks`), for nothing is cheaper in a compiled template.
     """
 
     def __init__(self) -> None:
-        self.loop_marks: dict[str, Mark] = {
+        self.marks: dict[str, Mark] = {
             "dft_loop_end": Mark(_LOOP_END),
             "dft_not_a_turn": Mark(_OTHER_TURN),
+            "dft_generation": Mark(_GENERATION),
+            "dft_generation_end": Mark(_GENERATION_END),
         }
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
@@ -174,9 +175,16 @@ class MarkLoops(NodeTransformer):
                 loaded = nodes.Name(name.name, "load")
                 mark = nodes.Filter(loaded, "dft_mark", [nodes.Const("_mark"), mark], [], None, None)
         node.body = [nodes.Output([mark]), *node.body]
-        before = f"dft_loop_{len(self.loop_marks)}"
-        self.loop_marks[before] = Mark(_LOOP - node.lineno)
+        before = f"dft_loop_{len(self.marks)}"
+        self.marks[before] = Mark(_LOOP - node.lineno)
         return [self._output(before), node, self._output("dft_loop_end")]
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node | list[nodes.Node]:
+        self.generic_visit(node)
+        if not isinstance(node.call.node, nodes.ExtensionAttribute):
+            return node
+        # The only tag of an extension is `{% generation %}`, which prints its body as it is.
+        return [self._output("dft_generation"), nodes.Scope(node.body), self._output("dft_generation_end")]
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         # `~` would join in C and forget the marks.
@@ -204,11 +212,6 @@ def _is_mark(node: nodes.Expr) -> bool:
     return isinstance(node, nodes.EnvironmentAttribute) or (isinstance(node, nodes.Filter) and node.name == "dft_mark")
 
 
-def mark_generation(text: str) -> str:
-    """What a `{% generation %}` block printed, between marks."""
-    return join((Mark(_GENERATION), text, Mark(_GENERATION_END)))
-
-
 def join_values(*values: object) -> str:
     """Jinja's `~`."""
     return join([str(value) for value in values])
@@ -223,30 +226,36 @@ def read_marks(parts: Sequence[str]) -> Traced:
     line = start = at = inside = 0
     message = -1  # whose turn of the innermost loop it is; -1 where it is not a message's
     for part in parts:
-        if part.__class__ is not Mark:
+        if part:
             if part.__class__ is MarkedText:
                 return read_marks(_flat(parts))
             at += len(part)
+            continue
+        if part.__class__ is not Mark:
+            if part.__class__ is MarkedText:
+                return read_marks(_flat(parts))
             continue
         number = part._number  # pyright: ignore[reportAttributeAccessIssue]  # isinstance is too slow here
         if number >= _LOOP_END:
             # A loop over the messages inside another's turn says nothing of whose text it is.
             if message >= 0 and not inside:
                 stretches.append(_new(Stretch, (message, start, at, line)))
-            if number == _LOOP_END:
-                line, message, start = around.pop()
-                inside -= message >= 0
-            else:
+            if number != _LOOP_END:
                 message, start = number, at
+            else:
+                line, message, start = around.pop()
+                if message >= 0:
+                    inside -= 1
         elif number <= _LOOP:
             around.append((line, message, start))
-            inside += message >= 0
+            if message >= 0:
+                inside += 1
             line, message = _LOOP - number, -1
         elif number == _GENERATION:
             open_generations.append(at)
         else:
             generations.append((open_generations.pop(), at))
-    return Traced("".join(parts), tuple(stretches), tuple(generations))
+    return _new(Traced, ("".join(parts), stretches, generations))
 
 
 _new = tuple.__new__
