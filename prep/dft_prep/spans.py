@@ -168,7 +168,7 @@ def _start_after_neighbour(traced: Traced, before: Traced, message: int) -> int 
     if text.startswith(tail, here.start):
         return here.start + len(tail)
     tail = prompted[there.end :]
-    if tail and text.startswith(tail, here.end):
+    if tail.strip() and text.startswith(tail, here.end):
         return here.end + len(tail)
     start = _skip(text, here.start, prompted[there.start :])
     if start is None and _end_alike(text[here.start : here.end], prompted[there.start : there.end]):
@@ -235,9 +235,9 @@ def _end_before_result(traced: Traced, span: Span, prefixes: Prefixes) -> Span:
 def _untraced_span(text: str, number: int, rules: SpanRules, prefixes: Prefixes) -> Span:
     """The span by its definition, from the renders of the messages before it and up to it."""
     before, through = prefixes.before(number), prefixes.through(number)
-    if before is None or through is None or not text.startswith(before.text) or not through.startswith(before.text):
+    start = _untraced_start(text, before.text, prefixes.content(number)) if before is not None else None
+    if start is None or through is None or not through.startswith(text[:start]):
         raise MaskUnsure(f"the template does not print message {number} in a loop over the messages, and rewrites it")
-    start = len(before.text)
     shared = through[start : common_length(through, text)]
     if len(shared) < len(through) - start:
         shared = without_open_tag(shared)
@@ -248,6 +248,15 @@ def _untraced_span(text: str, number: int, rules: SpanRules, prefixes: Prefixes)
         if text.endswith(closer, start, end) and inner.endswith(rules.control_texts):
             end = start + len(inner)
     return Span(number, start, end)
+
+
+def _untraced_start(text: str, prompted: str, content: str) -> int | None:
+    if text.startswith(prompted):
+        return len(prompted)
+    # A prompt that opens more than the turn has (`<think>`): the reply's own text has to follow what they share.
+    start = len(without_open_tag(prompted[: common_length(prompted, text)]))
+    content = content.strip()
+    return start if content and text[start:].lstrip().startswith(content) else None
 
 
 def _tagged_spans(traced: Traced, stretches: Iterable[Stretch], rules: SpanRules) -> list[Span]:
