@@ -44,6 +44,7 @@ from dft_prep.recipe import BuildOptions, Recipe, make_recipe, parse_date
 from dft_prep.render import Renderer
 from dft_prep.report import print_summary, write_report
 from dft_prep.sources import Source, resolve_sources
+from dft_prep.stops import stop_warnings
 from dft_prep.units import plan_units
 from dft_prep.validate import Judged, judge
 from dft_prep.work import UnitResult, WorkContext, part_path, part_quarantine_path
@@ -120,7 +121,7 @@ def _build(
     write_report(workspace.new, manifest, indexes, seconds=seconds, workers=workers, units_found=resumed)
     workspace.publish(manifest)
     print_summary(workspace.output_dir, manifest, indexes, seconds)
-    _warn_of_template(learnt, indexes)
+    _warn(recipe, learnt, indexes)
 
 
 def _existing(options: BuildOptions, output_dir: Path) -> Manifest | None:
@@ -312,12 +313,9 @@ def _assemble_options(recipe: Recipe) -> AssembleOptions:
     )
 
 
-def _warn_of_template(learnt: Learnt, indexes: Sequence[PackIndexInfo]) -> None:
-    if learnt.template.end_of_turn is None:
-        get_logger().warning(
-            "the chat template ends a reply with no control token: the model will not learn to stop. "
-            "Give a template whose assistant turns end in one (--chat_template)"
-        )
+def _warn(recipe: Recipe, learnt: Learnt, indexes: Sequence[PackIndexInfo]) -> None:
+    for warning in stop_warnings(recipe.tokenizer, learnt.template.end_of_turn):
+        get_logger().warning("%s", warning)
     for index in indexes:
         for source, lost in index.lost.items():
             # Context alone that is cut off trains nothing: the summary counts it, nobody need act on it.

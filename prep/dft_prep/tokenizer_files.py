@@ -21,8 +21,17 @@ from dft_common.schema import TEMPLATE_NAME
 
 TOKENIZER_JSON = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
+GENERATION_NAME = "generation_config.json"
 _SIDE_FILES = ("special_tokens_map.json",)
-_HUB_PATTERNS = [TOKENIZER_JSON, CONFIG_NAME, TEMPLATE_NAME, "chat_template.json", "tokenizer.model", *_SIDE_FILES]
+_HUB_PATTERNS = [
+    TOKENIZER_JSON,
+    CONFIG_NAME,
+    GENERATION_NAME,
+    TEMPLATE_NAME,
+    "chat_template.json",
+    "tokenizer.model",
+    *_SIDE_FILES,
+]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
@@ -59,6 +68,9 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
     side_files: dict[str, str]
     added: tuple[str, ...] = ()
     """Control tokens that `with_chatml_tokens` added."""
+    generation_stops: tuple[int, ...] = ()
+    """The ids that end generation, by the `generation_config.json` beside the tokenizer: it belongs to the model, so
+    that it is neither part of the fingerprint nor saved with the dataset."""
 
     def parsed(self) -> dict[str, Any]:
         """The parsed `tokenizer.json`; not to be changed."""
@@ -162,6 +174,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _generation_stops(directory: Path) -> tuple[int, ...]:
+    path = directory / GENERATION_NAME
+    if not path.is_file():
+        return ()
+    ids = _read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(isinstance(item, int) for item in ids):
+        raise SetupError(f"{path}: eos_token_id is no number or list of numbers", remedy="repair or remove the file")
+    return tuple(ids)
+
+
 def _convert_sentencepiece(directory: Path) -> str:
     try:
         from transformers import AutoTokenizer
@@ -226,6 +249,7 @@ def load_tokenizer(name: str) -> TokenizerFiles:
         side_files={
             side: (directory / side).read_text("utf-8") for side in _SIDE_FILES if (directory / side).is_file()
         },
+        generation_stops=_generation_stops(directory),
     )
 
 
