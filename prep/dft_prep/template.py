@@ -33,7 +33,7 @@ _PER_CONVERSATION = frozenset({"messages", "tools", "documents"})
 
 
 class TemplateRefusal(Exception):
-    """The template raised for this conversation: its own `raise_exception`, or any error while it ran."""
+    """The template raised for this conversation: its own `raise_exception`, or any other error while it ran."""
 
 
 class ChatTemplate:
@@ -75,6 +75,8 @@ class ChatTemplate:
         given = {**self.variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
         try:
             return _take(template.root_render_func(template.new_context(given)))
+        except RenderLimit:
+            raise
         except RecursionError:
             raise TemplateRefusal("it recurses without end") from None
         except MemoryError:

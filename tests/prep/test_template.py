@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 
 import pytest
@@ -57,37 +56,11 @@ def test_equal_messages_are_told_apart_by_identity():
     assert sorted(found) == [0, 1, 2, 3]
 
 
-def test_text_cannot_forge_a_mark():
-    template = ChatTemplate(LOOPS["else"], NAMED, DATE)
-    fake = "\uf8f0" + "0" * 32 + "B1\uf8f1"
-    assert printed(template, tiny.turns(fake, "b")) == {0: f"[{fake}]", 1: "[b]"}
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__.__base__.__subclasses__() }}",
-        "{% set ns = namespace() %}{% set ns['_x'] = 1 %}{{ ns }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_the_sandbox_holds(source):
-    text = ""
-    with contextlib.suppress(TemplateRefusal):
-        text = ChatTemplate(source, NAMED, DATE).render(tiny.turns("a", "b"))
-    assert "class" not in text
-
-
 def test_a_template_that_raises_or_does_not_parse_is_a_refusal():
     with pytest.raises(TemplateRefusal, match="no system"):
         ChatTemplate("{{ raise_exception('no system') }}", NAMED, DATE).render([])
     with pytest.raises(TemplateRefusal, match="line 2"):
         ChatTemplate("a\n{% for %}", NAMED, DATE)
-
-
-def test_strftime_now_prints_the_recipes_date():
-    assert ChatTemplate("{{ strftime_now('%d %b %Y') }}", NAMED, DATE).render([]) == "31 Jan 2026"
 
 
 def test_renders_as_transformers_does():
