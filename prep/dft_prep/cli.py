@@ -35,17 +35,17 @@ def _build(**values: Any) -> None:
     click.echo(build(build_options(values)))
 
 
-def _preview(n: int, **values: Any) -> None:
+def _preview(n: int, format: str, tokens: bool, **values: Any) -> None:
+    from dft_prep.preview import preview
     from dft_prep.recipe import build_options
-    from dft_prep.show import preview
 
-    preview(build_options({**values, "output_dir": "."}), n)
+    preview(build_options({**values, "output_dir": "."}), n, format, tokens=tokens)
 
 
-def _inspect(dataset_dir: str, split: str, format: str, **selection: Any) -> None:
-    from dft_prep.show import Selection, inspect
+def _inspect(dataset_dir: str, split: str, format: str, tokens: bool, **selection: Any) -> None:
+    from dft_prep.inspection import Selection, inspect
 
-    inspect(Path(dataset_dir), split, Selection(**selection), format)
+    inspect(Path(dataset_dir), split, Selection(**selection), format, tokens=tokens)
 
 
 def _verify(dataset_dir: str) -> int:
@@ -105,19 +105,24 @@ _VALIDATE_FLAGS = (
     Flag(name="max_errors", kind="int", default=100, minimum=0, help="Findings shown; after that only counts."),
     Flag(name="strict", kind="bool", default=False, help="A warning fails too."),
 )
+_SHOW_FLAGS = (
+    Flag(name="format", choices=("text", "json"), default="text", help="Of the output."),
+    Flag(name="tokens", kind="bool", default=False, help="Show the tokens' borders too (in JSON: ids and texts)."),
+)
 _INSPECT_FLAGS = (
     SPLIT,
     Flag(name="row", kind="int", minimum=0, help="Row number, from 0."),
-    Flag(name="id", help="The first row with this id."),
+    Flag(name="id", help="The rows of the conversation with this id."),
     Flag(name="source", help="The first row of this source."),
     Flag(name="pack", kind="int", minimum=0, help="The slices of this pack, from 0."),
-    Flag(name="format", choices=("text", "json"), default="text", help="Of the output."),
+    *_SHOW_FLAGS,
 )
 _PREVIEW_FLAGS = (
     build_flags.DATA_FILES,
     *build_flags.TOKENIZER_FLAGS,
     *build_flags.RENDER_FLAGS,
     Flag(name="n", kind="int", default=3, minimum=1, help="Conversations to show, from each source in turn."),
+    *_SHOW_FLAGS,
 )
 _PACK_FLAGS = tuple(_as_in_recipe(flag) for flag in build_flags.PACK_FLAGS)
 

@@ -1,206 +1,158 @@
-"""Show what is trained and what is context: from data before any build (`preview`), from a dataset (`inspect`).
+"""Tokens as a person can judge them: what is trained, what is context, which are control tokens.
 
-Called by `cli`. On a terminal trained text is green and context dim; elsewhere trained text stands in ⟦ ⟧.
-Text from data is escaped: no control sequence in it reaches the terminal.
+Called by `preview` and `inspection`. On a terminal trained text is green, context dim and control tokens bold;
+elsewhere trained text stands in ⟦ ⟧ and control tokens in ‹ ›. Text from data is escaped: no control sequence
+in it reaches the terminal.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from dft_common.errors import DataError, SetupError, printable
-from dft_common.manifest import Manifest, encode_json, read_manifest
-from dft_common.packs import PackIndex, check_pack_index, list_pack_indexes
-from dft_common.reader import Row, SplitReader
-from dft_common.schema import TOKENIZER_DIR
-from dft_prep.build import learn
-from dft_prep.encode import BatchEncoder, EncodedBatch
-from dft_prep.encoders import ReferenceEncoder
-from dft_prep.readers import UnitReader
-from dft_prep.recipe import BuildOptions, make_recipe
-from dft_prep.render import RenderRefusal
-from dft_prep.report import summary_lines
-from dft_prep.sources import Source, resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judged, judge
+from dft_common.errors import printable
+from dft_prep.tokenizer_files import TokenizerFiles
 
-Segment = tuple[bool, str]
-"""(trained, text): a run of tokens with the same mask."""
+LEGEND = "⟦trained⟧ ‹control token›"
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+_PART_OF_A_CHARACTER = "\ufffd"
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    id: int
+    text: str
+    """Or `<0xE6>` for a part of a character."""
+    trained: bool
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A run of tokens with the same weight, or one control token."""
+
+    trained: bool
+    text: str
+    control: bool = False
+    weight: float | None = None
+    """Where it is neither 0 nor 1."""
 
 
 class Decoder:
-    """Token ids -> text, control tokens shown."""
+    """Token ids -> segments and tokens, with one tokenizer."""
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer: TokenizerFiles) -> None:
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer = Tokenizer.from_str(tokenizer.tokenizer_json)
+        self._control = np.array(sorted(token.id for token in tokenizer.control_tokens()), np.int64)
 
-    def segments(self, ids: np.ndarray, trained: np.ndarray) -> list[Segment]:
-        """Runs of equal `trained`, decoded."""
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def segments(self, ids: np.ndarray, weights: np.ndarray) -> list[Segment]:
+        """ids: [tokens]; weights: [tokens] float, 0 is context. The texts joined are the decoded row."""
         if not len(ids):
             return []
-        edges = [0, *(np.flatnonzero(np.diff(trained.astype(np.int8))) + 1).tolist(), len(ids)]
+        control = np.isin(ids, self._control)
+        changes = (np.diff(weights) != 0) | control[1:] | control[:-1]
+        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(ids)]
+        segments = []
+        shown = ""
+        for start, end in itertools.pairwise(edges):
+            # Not the run alone: some decoders drop a space at the beginning of what they are given.
+            text = self._decode(ids[:end])
+            weight = float(weights[start])
+            segments.append(
+                Segment(
+                    trained=weight > 0,
+                    text=text[len(shown) :],
+                    control=bool(control[start]),
+                    weight=None if weight in (0, 1) else weight,
+                )
+            )
+            shown = text
+        return segments
+
+    def tokens(self, ids: np.ndarray, weights: np.ndarray) -> list[Token]:
+        """Each token by itself."""
         return [
-            (bool(trained[start]), self._tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
-            for start, end in itertools.pairwise(edges)
+            Token(id=token, text=self._token_text(token), trained=weight > 0)
+            for token, weight in zip(ids.tolist(), weights.tolist(), strict=True)
         ]
 
+    def _token_text(self, token: int) -> str:
+        piece = self._tokenizer.id_to_token(token) or ""
+        if _BYTE_PIECE.fullmatch(piece):
+            return piece
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        if _PART_OF_A_CHARACTER in text and _PART_OF_A_CHARACTER not in piece:
+            return "".join(f"<0x{self._byte_of[c]:02X}>" if c in self._byte_of else c for c in piece)
+        if piece.startswith("▁") and not text.startswith(" "):
+            return f" {text}"
+        return text
 
-def _print_segments(title: str, segments: Sequence[Segment]) -> None:
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """The byte that each character of a byte-level piece stands for (GPT-2's table)."""
+        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = [byte for byte in range(256) if byte not in plain]
+        shifted = {chr(256 + at): byte for at, byte in enumerate(others)}
+        return {**{chr(byte): byte for byte in plain}, **shifted}
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing to show: a row, a conversation, or why a record would be left out."""
+
+    title: str
+    about: dict[str, Any]
+    """What `--format json` says of it."""
+    segments: list[Segment] = []
+    tokens: list[Token] | None = None
+    """Where token borders were asked for."""
+
+    def as_object(self) -> dict[str, Any]:
+        value = {**self.about, "segments": msgspec.to_builtins(self.segments)}
+        return value if self.tokens is None else {**value, "tokens": msgspec.to_builtins(self.tokens)}
+
+
+def print_text(items: Sequence[Shown]) -> None:
+    """Print to stdout, in colours where it is a terminal that has them."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-    line = Text()
-    for trained, text in segments:
-        shown = printable(text)
-        if console.is_terminal and not console.no_color:
-            line.append(shown, style="green" if trained else "dim")
-        else:
-            line.append(f"⟦{shown}⟧" if trained else shown)
-    console.print(Text(title, style="bold"))
-    console.print(line)
+    coloured = console.is_terminal and not console.no_color
+    for item in items:
+        console.print(Text(printable(item.title), style="bold"))
+        line = Text()
+        trained = False
+        for segment in item.segments:
+            if not coloured and segment.trained != trained:
+                line.append("⟦" if segment.trained else "⟧")
+            trained = segment.trained
+            _append(line, segment, coloured)
+        if trained and not coloured:
+            line.append("⟧")
+        if item.segments:
+            console.print(line)
+        if item.tokens is not None:
+            borders = "│".join(printable(token.text).replace("\n", "\\n") for token in item.tokens)
+            console.print(Text(f"│{borders}│", style="dim" if coloured else ""))
 
 
-def preview(options: BuildOptions, number: int) -> None:
-    """Print the first conversations of each source in turn, `number` in all, as a build would store them."""
-    recipe = make_recipe(options, datetime.date.today())
-    sources = resolve_sources(options.data_files)
-    encoder, _ = learn(recipe, [], ReferenceEncoder.name)
-    decoder = Decoder(recipe.tokenizer.tokenizer_json)
-    shown = 0
-    streams = [_preview_source(source, encoder) for source in sources]
-    while streams and shown < number:
-        for stream in list(streams):
-            title_and_batch = next(stream, None)
-            if title_and_batch is None:
-                streams.remove(stream)
-            elif shown < number:
-                title, batch = title_and_batch
-                _print_segments(title, decoder.segments(batch.input_ids, batch.weights > 0) if batch else [])
-                shown += 1
-    if not shown:
-        raise DataError("nothing to show: the files hold no records", remedy="check --data_files")
-
-
-def _preview_source(source: Source, encoder: BatchEncoder) -> Iterator[tuple[str, EncodedBatch | None]]:
-    for file in source.files:
-        for unit in plan_units(file, source.name):
-            for raw in UnitReader(unit):
-                judged = judge(raw, file.shown)
-                where = f"{file.shown}, byte {raw.byte_offset:,}" if raw.byte_offset >= 0 else file.shown
-                if not isinstance(judged, Judged):
-                    yield f"--- {where}: left out, {judged.code} {judged.path}: {judged.message}", None
-                    continue
-                try:
-                    batch = encoder.encode(encoder.renderer.rows(judged.conversation))
-                except RenderRefusal as refusal:
-                    yield f"--- {where}: left out, {refusal.code}: {refusal.message}", None
-                    continue
-                trained = int(np.count_nonzero(batch.weights))
-                yield f"--- {where}: {len(batch.input_ids):,} tokens, {trained:,} trained", batch
-
-
-class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """What `inspect` was asked for; at most one of these."""
-
-    row: int | None = None
-    id: str | None = None
-    source: str | None = None
-    pack: int | None = None
-
-    def is_empty(self) -> bool:
-        return all(value is None for value in msgspec.structs.astuple(self))
-
-
-def inspect(dataset_dir: Path, split: str, selection: Selection, output_format: str) -> None:
-    """Print the dataset's counts, or the selected rows with what is trained in them."""
-    if sum(value is not None for value in msgspec.structs.astuple(selection)) > 1:
-        raise SetupError("inspect: more than one of --row, --id, --source and --pack", remedy="give one of them")
-    manifest = read_manifest(dataset_dir)
-    reader = SplitReader(dataset_dir, split, manifest)
-    decoder = Decoder((dataset_dir / TOKENIZER_DIR / "tokenizer.json").read_text("utf-8"))
-    rows = list(_selected(dataset_dir, split, reader, selection, manifest))
-    if output_format == "json":
-        value: Any = [_row_object(number, row, decoder) for number, row in rows]
-        if selection.is_empty():
-            value = {"manifest": msgspec.to_builtins(manifest), "rows": value}
-        sys.stdout.write(encode_json(value).decode())
+def _append(line: Any, segment: Segment, coloured: bool) -> None:
+    text = printable(segment.text)
+    if segment.weight is not None and not segment.control:
+        text = f"[{segment.weight:g}]{text}"
+    if not coloured:
+        line.append(f"‹{text}›" if segment.control else text)
         return
-    if selection.is_empty():
-        indexes = [index for name in manifest.splits for index in list_pack_indexes(dataset_dir, name)]
-        lines = [str(dataset_dir), *summary_lines(manifest, indexes)]
-        sys.stdout.write("\n".join(printable(line) for line in lines) + "\n")
-    for number, row in rows:
-        trained = int(row.assistant_masks.sum())
-        counts = f"{len(row.input_ids):,} tokens, {trained:,} trained"
-        title = f"--- {split} row {number}, id {row.id}, source {row.source}: {counts}"
-        _print_segments(title, decoder.segments(row.input_ids, row.assistant_masks))
-
-
-def _row_object(number: int, row: Row, decoder: Decoder) -> dict[str, Any]:
-    return {
-        "row": number,
-        "id": row.id,
-        "source": row.source,
-        "tokens": len(row.input_ids),
-        "trained_tokens": int(row.assistant_masks.sum()),
-        "segments": [
-            {"trained": trained, "text": text} for trained, text in decoder.segments(row.input_ids, row.assistant_masks)
-        ],
-    }
-
-
-def _selected(
-    dataset_dir: Path, split: str, reader: SplitReader, selection: Selection, manifest: Manifest
-) -> Iterator[tuple[int, Row]]:
-    if selection.pack is not None:
-        yield from _pack_rows(dataset_dir, split, reader, selection.pack, manifest)
-        return
-    if selection.id is not None or selection.source is not None:
-        yield _find(reader, selection, split)
-        return
-    number = selection.row or 0
-    if not 0 <= number < len(reader):
-        if selection.row is None:
-            return
-        raise SetupError(f"--row {number}: the {split} split has {len(reader):,} rows", remedy="rows count from 0")
-    yield number, reader.row(number)
-
-
-def _find(reader: SplitReader, selection: Selection, split: str) -> tuple[int, Row]:
-    """The first row with the wanted id or source."""
-    column, wanted = ("id", selection.id) if selection.id is not None else ("source", selection.source)
-    first = 0
-    for batch in reader.batches():
-        values = batch.column(column).to_pylist()
-        if wanted in values:
-            number = first + values.index(wanted)
-            return number, reader.row(number)
-        first += batch.num_rows
-    raise SetupError(f"--{column} {wanted}: not in the {split} split", remedy="see `dft-prep inspect` without it")
-
-
-def _pack_rows(
-    dataset_dir: Path, split: str, reader: SplitReader, number: int, manifest: Manifest
-) -> Iterator[tuple[int, Row]]:
-    infos = list_pack_indexes(dataset_dir, split)
-    if not infos:
-        remedy = f"run `dft-prep pack {dataset_dir}`"
-        raise DataError(f"{dataset_dir}: no pack index of the {split} split", remedy=remedy)
-    wanted = [info for info in infos if info.max_length == manifest.recipe.get("max_length")] or infos
-    check_pack_index(dataset_dir, wanted[0], manifest.fingerprint)
-    index = PackIndex(dataset_dir, wanted[0])
-    if not 0 <= number < len(index):
-        raise SetupError(f"--pack {number}: {wanted[0].name} has {len(index):,} packs", remedy="packs count from 0")
-    for piece in index[number]:
-        yield piece.row, reader.row(piece.row, piece.start, piece.end)
+    style = "green" if segment.trained else "dim"
+    if segment.control:
+        style = "bold green" if segment.trained else "bold magenta"
+    line.append(text, style=style)

@@ -292,11 +292,12 @@ def test_verify_finds_a_changed_byte_anywhere(corpus, model_dir, dft_prep, tmp_p
 def test_inspect_and_preview_show_what_is_trained(corpus, model_dir, dft_prep, tmp_path):
     out = tmp_path / "out"
     shown = dft_prep("preview", "--data_files", *corpus, "--tokenizer", model_dir, "-n", 2).stdout
-    assert "⟦0 + 1 = 1<|im_end|>⟧" in shown
+    assert "⟦0 + 1 = 1‹<|im_end|>›⟧" in shown
     dft_prep(*build_words(corpus, model_dir, out))
     assert "1,500" in dft_prep("inspect", out).stdout
     row = json.loads(dft_prep("inspect", out, "--row", 3, "--format", "json").stdout)[0]
-    assert [segment["trained"] for segment in row["segments"]] == [False, True, False]
+    trained = "".join(segment["text"] for segment in row["segments"] if segment["trained"])
+    assert trained.startswith("3 + 1 = 4") and trained.endswith("<|im_end|>")
     same = json.loads(dft_prep("inspect", out, "--id", row["id"], "--format", "json").stdout)[0]
     assert same == row
     pack = json.loads(dft_prep("inspect", out, "--pack", 0, "--format", "json").stdout)

@@ -1,0 +1,89 @@
+"""`dft-prep preview`: what a build would train, from the data itself, before any build.
+
+Called by `cli`. Records that would be left out are shown with their reason.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from dft_common.errors import DataError
+from dft_common.manifest import encode_json
+from dft_prep.build import learn
+from dft_prep.encode import BatchEncoder
+from dft_prep.encoders import ReferenceEncoder
+from dft_prep.readers import RawRecord, UnitReader
+from dft_prep.recipe import BuildOptions, make_recipe
+from dft_prep.render import RenderRefusal
+from dft_prep.show import LEGEND, Decoder, Shown, print_text
+from dft_prep.sources import Source, resolve_sources
+from dft_prep.units import plan_units
+from dft_prep.validate import Judged, judge
+from dft_prep.work import refusal_finding
+
+
+def preview(options: BuildOptions, number: int, output_format: str, *, tokens: bool) -> None:
+    """Print the first conversations of each source in turn, `number` in all, as a build would store them."""
+    recipe = make_recipe(options, datetime.date.today())
+    encoder, _ = learn(recipe, [], ReferenceEncoder.name)
+    decoder = Decoder(recipe.tokenizer)
+    streams = [_shown(source, encoder, decoder, tokens) for source in resolve_sources(options.data_files)]
+    items = list(islice(_in_turn(streams), number))
+    if not items:
+        raise DataError("nothing to show: the files hold no records", remedy="check --data_files")
+    if output_format == "json":
+        sys.stdout.write(encode_json([item.as_object() for item in items]).decode())
+        return
+    sys.stdout.write(f"{LEGEND}\n")
+    print_text(items)
+
+
+def _in_turn(streams: list[Iterator[Shown]]) -> Iterator[Shown]:
+    while streams:
+        for stream in list(streams):
+            item = next(stream, None)
+            if item is None:
+                streams.remove(stream)
+            else:
+                yield item
+
+
+def _shown(source: Source, encoder: BatchEncoder, decoder: Decoder, tokens: bool) -> Iterator[Shown]:
+    for file in source.files:
+        for unit in plan_units(file, source.name):
+            for raw in UnitReader(unit):
+                yield from _record(raw, file.shown, source.name, encoder, decoder, tokens)
+
+
+def _record(
+    raw: RawRecord, shown: str, source: str, encoder: BatchEncoder, decoder: Decoder, tokens: bool
+) -> Iterator[Shown]:
+    """The rows of one record, or why it would be left out."""
+    where = f"{shown}, byte {raw.byte_offset:,}" if raw.byte_offset >= 0 else shown
+    about = {"file": shown, "byte_offset": raw.byte_offset, "source": source}
+    judged = judge(raw, shown)
+    try:
+        rows = encoder.renderer.rows(judged.conversation) if isinstance(judged, Judged) else []
+    except RenderRefusal as refusal:
+        judged = refusal_finding(refusal, raw, shown)
+        rows = []
+    if not isinstance(judged, Judged):
+        left_out = {"code": judged.code, "path": judged.path, "message": judged.message}
+        title = f"--- {where}: left out, {judged.code} {judged.path}: {judged.message}"
+        yield Shown(title=title, about={**about, "left_out": left_out})
+        return
+    for rendered in rows:
+        batch = encoder.encode([rendered])
+        trained = int(np.count_nonzero(batch.weights))
+        notes = f" ({', '.join(rendered.notes)})" if rendered.notes else ""
+        yield Shown(
+            title=f"--- {where}: {len(batch.input_ids):,} tokens, {trained:,} trained{notes}",
+            about={**about, "tokens": len(batch.input_ids), "trained_tokens": trained, "notes": list(rendered.notes)},
+            segments=decoder.segments(batch.input_ids, batch.weights),
+            tokens=decoder.tokens(batch.input_ids, batch.weights) if tokens else None,
+        )
