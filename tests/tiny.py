@@ -85,6 +85,46 @@ def prefix_space_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+def sentencepiece_tokenizer(
+    model: str = "bpe", dummy_space: str = "normalizer", *, strips_right: bool = False, in_model: tuple[str, ...] = ()
+) -> Tokenizer:
+    """A tokenizer as converted from SentencePiece: `▁` for spaces, bytes for characters that it does not know.
+
+    `model`: "bpe" or "unigram". `dummy_space` puts a space before text: "normalizer" as Llama 2 does, or a Metaspace
+    pre-tokenizer, "first" before the whole text alone, "always" after every control token too. `in_model`: texts that
+    stand in the model's own vocabulary besides, as T5's control tokens do.
+    """
+    bpe = model == "bpe"
+    learner = Tokenizer(models.BPE() if bpe else models.Unigram())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer if bpe else trainers.UnigramTrainer
+    learner.train_from_iterator(_TEXTS, trainer(vocab_size=150, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    first = ("<unk>", *in_model, *BYTE_TOKENS)
+    if bpe:
+        vocabulary = {text: number for number, text in enumerate([*first, *learnt["vocab"], "▁▁"])}
+        merges = [*map(tuple, learnt["merges"]), ("▁", "▁")]
+        made = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    else:
+        pieces = [*((text, 0.0) for text in first), *((text, score) for text, score in learnt["vocab"])]
+        made = models.Unigram(pieces, unk_id=0, byte_fallback=True)
+    tokenizer = Tokenizer(made)
+    if dummy_space == "normalizer":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=dummy_space, split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False, rstrip=strips_right) for text in CONTROL]
+    )
+    return tokenizer
+
+
 def write_tokenizer(directory: Path, template: str | None = CHATML, tokenizer: Tokenizer | None = None) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (tokenizer or byte_tokenizer()).save(str(directory / "tokenizer.json"))

@@ -1,0 +1,125 @@
+"""Tokenizers that came from SentencePiece, each with each of three templates; an oracle for their ids and texts.
+
+For tests/prep/test_sentencepiece*.py and tests/external/test_phi3_sentencepiece.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from typing import NamedTuple
+
+import jinja2
+import numpy as np
+from tokenizers import Tokenizer
+
+import tiny
+from dft_common.records import Conversation, Message
+from dft_prep.checks import pieces_differ
+from dft_prep.encode import BatchEncoder
+from dft_prep.encoders import ReferenceEncoder
+from dft_prep.render import Renderer
+from dft_prep.tokenizer_files import TokenizerFiles
+
+DATE = datetime.date(2026, 1, 31)
+NAMED = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+KINDS = {
+    "bpe normalizer": ("bpe", "normalizer"),
+    "bpe first": ("bpe", "first"),
+    "bpe always": ("bpe", "always"),
+    "unigram first": ("unigram", "first"),
+    "unigram always": ("unigram", "always"),
+}
+
+
+class Case(NamedTuple):
+    kind: str
+    template: str
+    strips_right: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join([self.kind, self.template, *["strips right"] * self.strips_right])
+
+
+CASES = [
+    Case(kind, template, strips)
+    for kind in KINDS
+    for template in ("chatml", "phi", "instruct")
+    for strips in (False, True)
+]
+
+
+@functools.cache
+def oracle(case: Case) -> Tokenizer:
+    return tiny.sentencepiece_tokenizer(*KINDS[case.kind], strips_right=case.strips_right)
+
+
+def make_encoder(tokenizer: Tokenizer, source: str) -> BatchEncoder:
+    """As a build makes it: the whole text is encoded where pieces are found to differ."""
+    files = TokenizerFiles(
+        origin="tiny", tokenizer_json=tokenizer.to_str(), config=NAMED, chat_template=None, side_files={}
+    )
+    reference = ReferenceEncoder(files)
+    made = BatchEncoder(Renderer(source, files, DATE), files, reference, reference)
+    made.whole = pieces_differ(made.renderer, made)
+    return made
+
+
+@functools.cache
+def encoder(case: Case) -> BatchEncoder:
+    return make_encoder(oracle(case), tiny.TEMPLATES[case.template])
+
+
+def conversation(contents: list[str], *, trained: tuple[int, ...] = (1, 3)) -> Conversation:
+    messages = [
+        Message(role=message["role"], content=message["content"], weight=float(number in trained))
+        for number, message in enumerate(tiny.turns(*contents))
+    ]
+    return Conversation(messages=tuple(messages))
+
+
+def whole_ids(case: Case, contents: list[str], *, prompt: bool) -> list[int]:
+    """Ids of the whole text, by Jinja and `tokenizers` alone."""
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tiny.TEMPLATES[case.template])
+    text = template.render(messages=tiny.turns(*contents), add_generation_prompt=prompt, **NAMED)
+    return oracle(case).encode(text, add_special_tokens=False).ids
+
+
+def encoded(made: BatchEncoder, item: Conversation, *, whole: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whether each is trained) of a conversation; `whole` as the encoder has it, or otherwise."""
+    rendered = made.renderer.render(item)
+    usual = made.whole
+    made.whole = usual if whole is None else whole
+    batch = made.encode([rendered])
+    made.whole = usual
+    return batch.input_ids, batch.weights > 0
+
+
+def starts(live: np.ndarray) -> list[int]:
+    """Where each trained run begins."""
+    return np.flatnonzero(np.diff(live.astype(int), prepend=0) == 1).tolist()
+
+
+def runs(ids: np.ndarray, live: np.ndarray) -> list[list[int]]:
+    """The ids of every run of context and of trained tokens, in turns, context first."""
+    return [run.tolist() for run in np.split(ids, np.flatnonzero(np.diff(live)) + 1)]
+
+
+def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What tokens stand for, the bytes put together. Raises where half a character is left over."""
+    numbers = {text: number for number, text in enumerate(tiny.BYTE_TOKENS)}
+    tokens = [tokenizer.id_to_token(number) for number in ids]
+    return b"".join(
+        bytes([numbers[token]]) if token in numbers else token.replace("▁", " ").encode() for token in tokens
+    ).decode()
+
+
+def turn_text(case: Case, content: str) -> str:
+    """What is trained of a reply: as the template prints it, as far as the vocabulary can say it."""
+    if case.kind.startswith("unigram"):
+        content = content.replace(
+            "<0x41>", "A"
+        )  # to tokenizers, a text that is in a Unigram's vocabulary is that token
+    ends = {"chatml": "<|im_end|>", "phi": "<|end|>"}
+    text = f" {content.strip()} <|im_end|>" if case.template == "instruct" else content + ends[case.template]
+    return text.replace("▁", " ")
