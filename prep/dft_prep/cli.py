@@ -6,6 +6,8 @@ Flags are parsed here; each command's own module is imported only when it runs, 
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +107,20 @@ _VALIDATE_FLAGS = (
     Flag(name="max_errors", kind="int", default=100, minimum=0, help="Findings shown; after that only counts."),
     Flag(name="strict", kind="bool", default=False, help="A warning fails too."),
 )
+_HOW_SHOWN = (
+    "On a terminal trained text is green, context dim, control tokens bold. Without colours (not a terminal, or "
+    "NO_COLOR) trained text stands in ⟦ ⟧ and control tokens in ‹ ›; a message's text that only looks like a control "
+    "token has no such mark. ↵ is a newline; ⟦0.5▸ begins what is trained with weight 0.5; <0xE6> is a byte of a "
+    "character that several tokens share. In the text itself such marks are escaped (\\u27e6)."
+)
 _SHOW_FLAGS = (
     Flag(name="format", choices=("text", "json"), default="text", help="Of the output."),
-    Flag(name="tokens", kind="bool", default=False, help="Show the tokens' borders too (in JSON: ids and texts)."),
+    Flag(
+        name="tokens",
+        kind="bool",
+        default=False,
+        help="Show the borders of the tokens, as │ (in JSON `tokens` lists id, text, trained).",
+    ),
 )
 _INSPECT_FLAGS = (
     SPLIT,
@@ -132,10 +145,10 @@ _COMMANDS = (
     FlagCommand("validate", _validate, _VALIDATE_FLAGS, short_help="Report every bad record.",
                 help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error."),
     FlagCommand("preview", _preview, _PREVIEW_FLAGS, short_help="Show what would be trained.",
-                help="Show the rendered text, trained tokens against context, before any build."),
+                help=f"Show the rendered text, trained tokens against context, before any build.\n\n{_HOW_SHOWN}"),
     FlagCommand("inspect", _inspect, _INSPECT_FLAGS, arguments=[_dataset_argument()],
                 short_help="Show what a dataset holds.",
-                help="Show a dataset's counts, and rows with what is trained in them."),
+                help=f"Show a dataset's counts, and rows with what is trained in them.\n\n{_HOW_SHOWN}"),
     FlagCommand("verify", _verify, (), arguments=[_dataset_argument()], short_help="Check a dataset.",
                 help="Check every checksum, count and invariant of a dataset. Exit 1 with what is wrong."),
     FlagCommand("pack", _pack, _PACK_FLAGS, arguments=[_dataset_argument()], short_help="Make another pack index.",
@@ -147,5 +160,8 @@ for _command in _COMMANDS:
 
 def main() -> int:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An output whose encoding lacks a character of the data, or a mark of `preview`, gets its escape, no crash.
+        sys.stdout.reconfigure(errors="backslashreplace")
     logs.setup()
     return run_command(cli, "dft-prep")

@@ -15,12 +15,13 @@ import msgspec
 import numpy as np
 
 from dft_common.errors import DataError, SetupError, printable
-from dft_common.manifest import Manifest, encode_json, read_manifest
+from dft_common.manifest import Manifest, read_manifest
 from dft_common.packs import PackIndex, check_pack_index, list_pack_indexes
 from dft_common.reader import Row, SplitReader
 from dft_common.schema import TOKENIZER_DIR
 from dft_prep.report import summary_lines
-from dft_prep.show import LEGEND, Decoder, Shown, print_text
+from dft_prep.segments import Decoder
+from dft_prep.show import Shown, print_json, print_text
 from dft_prep.tokenizer_files import load_tokenizer
 
 _MOST_TURNS = 10_000
@@ -51,15 +52,14 @@ def inspect(dataset_dir: Path, split: str, selection: Selection, output_format: 
         value: Any = [item.as_object() for item in items]
         if selection.is_empty():
             value = {"manifest": msgspec.to_builtins(manifest), "rows": value}
-        sys.stdout.write(encode_json(value).decode())
+        print_json(value)
         return
     if selection.is_empty():
         indexes = [index for name in manifest.splits for index in list_pack_indexes(dataset_dir, name)]
         lines = [str(dataset_dir), *summary_lines(manifest, indexes)]
         sys.stdout.write("\n".join(printable(line) for line in lines) + "\n")
     if items:
-        sys.stdout.write(f"{LEGEND}\n")
-    print_text(items)
+        print_text(items, borders=tokens)
 
 
 def _shown(split: str, number: int, row: Row, decoder: Decoder, tokens: bool) -> Shown:
@@ -72,6 +72,7 @@ def _shown(split: str, number: int, row: Row, decoder: Decoder, tokens: bool) ->
         about={"row": number, "id": row.id, "source": row.source, **counts},
         segments=decoder.segments(row.input_ids, weights),
         tokens=decoder.tokens(row.input_ids, weights) if tokens else None,
+        edges=decoder.edges(row.input_ids, weights),
     )
 
 

@@ -6,21 +6,20 @@ Called by `cli`. Records that would be left out are shown with their reason.
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
 
 from dft_common.errors import DataError
-from dft_common.manifest import encode_json
 from dft_prep.build import learn
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import ReferenceEncoder
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.recipe import BuildOptions, make_recipe
 from dft_prep.render import RenderRefusal
-from dft_prep.show import LEGEND, Decoder, Shown, print_text
+from dft_prep.segments import Decoder
+from dft_prep.show import Shown, print_json, print_text
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import plan_units
 from dft_prep.validate import Judged, judge
@@ -37,10 +36,9 @@ def preview(options: BuildOptions, number: int, output_format: str, *, tokens: b
     if not items:
         raise DataError("nothing to show: the files hold no records", remedy="check --data_files")
     if output_format == "json":
-        sys.stdout.write(encode_json([item.as_object() for item in items]).decode())
+        print_json([item.as_object() for item in items])
         return
-    sys.stdout.write(f"{LEGEND}\n")
-    print_text(items)
+    print_text(items, borders=tokens)
 
 
 def _in_turn(streams: list[Iterator[Shown]]) -> Iterator[Shown]:
@@ -86,4 +84,5 @@ def _record(
             about={**about, "tokens": len(batch.input_ids), "trained_tokens": trained, "notes": list(rendered.notes)},
             segments=decoder.segments(batch.input_ids, batch.weights),
             tokens=decoder.tokens(batch.input_ids, batch.weights) if tokens else None,
+            edges=decoder.edges(batch.input_ids, batch.weights),
         )

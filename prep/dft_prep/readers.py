@@ -1,6 +1,6 @@
 """A work unit -> raw records: the bytes of one JSON text each, with their place. Nothing is parsed or inferred here.
 
-Called by `work`, `build` (sample), `show` and `validate_command`. Memory holds a record and a chunk, whatever the
+Called by `work`, `build` (sample), `preview` and `validate_command`. Memory holds a record and a chunk, whatever the
 file's size.
 """
 

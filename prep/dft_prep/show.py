@@ -1,8 +1,8 @@
-"""Tokens as a person can judge them: what is trained, what is context, which are control tokens.
+"""Segments as a person reads them: what is trained, what is context, which are control tokens.
 
 Called by `preview` and `inspection`. On a terminal trained text is green, context dim and control tokens bold;
 elsewhere trained text stands in ⟦ ⟧ and control tokens in ‹ ›. Text from data is escaped: no control sequence
-in it reaches the terminal.
+in it reaches the terminal, and no mark in it can be taken for one of ours.
 """
 
 from __future__ import annotations
@@ -10,99 +10,32 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
 from dft_common.errors import printable
-from dft_prep.tokenizer_files import TokenizerFiles
+from dft_common.manifest import encode_json
+from dft_prep.segments import Segment, Token
 
-LEGEND = "⟦trained⟧ ‹control token›"
-_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-_PART_OF_A_CHARACTER = "\ufffd"
+NEWLINE = "↵"
+"""Stands before each line break of the data."""
+WEIGHT = "▸"
+"""Stands behind a weight that is neither 0 nor 1, at the beginning of what is trained with it."""
+BORDER = "│"
+TRAINED = ("⟦", "⟧")
+CONTROL = ("‹", "›")
 
-
-class Token(msgspec.Struct, frozen=True, kw_only=True):
-    id: int
-    text: str
-    """Or `<0xE6>` for a part of a character."""
-    trained: bool
-
-
-class Segment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A run of tokens with the same weight, or one control token."""
-
-    trained: bool
-    text: str
-    control: bool = False
-    weight: float | None = None
-    """Where it is neither 0 nor 1."""
-
-
-class Decoder:
-    """Token ids -> segments and tokens, with one tokenizer."""
-
-    def __init__(self, tokenizer: TokenizerFiles) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer = Tokenizer.from_str(tokenizer.tokenizer_json)
-        self._control = np.array(sorted(token.id for token in tokenizer.control_tokens()), np.int64)
-
-    def _decode(self, ids: np.ndarray) -> str:
-        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-    def segments(self, ids: np.ndarray, weights: np.ndarray) -> list[Segment]:
-        """ids: [tokens]; weights: [tokens] float, 0 is context. The texts joined are the decoded row."""
-        if not len(ids):
-            return []
-        control = np.isin(ids, self._control)
-        changes = (np.diff(weights) != 0) | control[1:] | control[:-1]
-        edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(ids)]
-        segments = []
-        shown = ""
-        for start, end in itertools.pairwise(edges):
-            # Not the run alone: some decoders drop a space at the beginning of what they are given.
-            text = self._decode(ids[:end])
-            weight = float(weights[start])
-            segments.append(
-                Segment(
-                    trained=weight > 0,
-                    text=text[len(shown) :],
-                    control=bool(control[start]),
-                    weight=None if weight in (0, 1) else weight,
-                )
-            )
-            shown = text
-        return segments
-
-    def tokens(self, ids: np.ndarray, weights: np.ndarray) -> list[Token]:
-        """Each token by itself."""
-        return [
-            Token(id=token, text=self._token_text(token), trained=weight > 0)
-            for token, weight in zip(ids.tolist(), weights.tolist(), strict=True)
-        ]
-
-    def _token_text(self, token: int) -> str:
-        piece = self._tokenizer.id_to_token(token) or ""
-        if _BYTE_PIECE.fullmatch(piece):
-            return piece
-        text = self._tokenizer.decode([token], skip_special_tokens=False)
-        if _PART_OF_A_CHARACTER in text and _PART_OF_A_CHARACTER not in piece:
-            return "".join(f"<0x{self._byte_of[c]:02X}>" if c in self._byte_of else c for c in piece)
-        if piece.startswith("▁") and not text.startswith(" "):
-            return f" {text}"
-        return text
-
-    @cached_property
-    def _byte_of(self) -> dict[str, int]:
-        """The byte that each character of a byte-level piece stands for (GPT-2's table)."""
-        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        others = [byte for byte in range(256) if byte not in plain]
-        shifted = {chr(256 + at): byte for at, byte in enumerate(others)}
-        return {**{chr(byte): byte for byte in plain}, **shifted}
+# What JSON leaves as it is, though a terminal may obey it: DEL, C1 controls and the Unicode bidi overrides.
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SAMPLE = (
+    Segment(trained=True, text="trained"),
+    Segment(trained=False, text=" context "),
+    Segment(trained=False, text="control token", control=True),
+    Segment(trained=False, text=" "),
+    Segment(trained=True, text="trained with weight 0.5", weight=0.5),
+)
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,45 +47,118 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     segments: list[Segment] = []
     tokens: list[Token] | None = None
     """Where token borders were asked for."""
+    edges: list[int] = []
+    """With `tokens`: where in them each segment begins, and their end."""
 
     def as_object(self) -> dict[str, Any]:
         value = {**self.about, "segments": msgspec.to_builtins(self.segments)}
         return value if self.tokens is None else {**value, "tokens": msgspec.to_builtins(self.tokens)}
 
+    def pieces(self) -> list[list[str]]:
+        """The texts of each segment: one, or where borders were asked for one for each of its tokens."""
+        if self.tokens is None:
+            return [[segment.text] for segment in self.segments]
+        return [[token.text for token in self.tokens[a:b]] for a, b in itertools.pairwise(self.edges)]
 
-def print_text(items: Sequence[Shown]) -> None:
-    """Print to stdout, in colours where it is a terminal that has them."""
+
+class Style(NamedTuple):
+    """How text is told apart here."""
+
+    coloured: bool
+    borders: bool
+
+    def visible(self, text: str, segment: Segment) -> str:
+        """`text` with newlines to be seen, and nothing in it that a terminal obeys or a reader takes for a mark."""
+        marks = NEWLINE + WEIGHT + BORDER * self.borders + ("" if self.coloured else "".join(TRAINED + CONTROL))
+        escaped = re.sub(f"[{marks}]", lambda match: f"\\u{ord(match[0]):04x}", printable(text))
+        shown = escaped.replace("\n", f"{NEWLINE}\n")
+        return f"{CONTROL[0]}{shown}{CONTROL[1]}" if segment.control and not self.coloured else shown
+
+    def of_text(self, segment: Segment) -> str:
+        if not self.coloured:
+            return ""
+        plain = "green" if segment.trained else "dim"
+        bold = "bold green" if segment.trained else "bold magenta"
+        return (bold if segment.control else plain) + (" underline" if segment.weight is not None else "")
+
+    def of_marks(self) -> str:
+        return "bold" if self.coloured else ""
+
+
+class Line:
+    """Runs of (text, colour). A line break at a run's end waits for the marks that close what stands before it."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, str]] = []
+        self._breaks = False
+
+    def add(self, text: str, colour: str = "") -> None:
+        self.end()
+        self._breaks = text.endswith("\n")
+        self.runs.append((text.removesuffix("\n"), colour))
+
+    def close(self, mark: str, colour: str = "") -> None:
+        self.runs.append((mark, colour))
+
+    def end(self) -> None:
+        if self._breaks:
+            self.runs.append(("\n", ""))
+        self._breaks = False
+
+
+def lay_out(segments: Sequence[Segment], pieces: Sequence[Sequence[str]], style: Style) -> Line:
+    """Every piece of every segment, with the marks and colours of `style`."""
+    line = Line()
+    pairs = zip(segments, pieces, strict=True)
+    for (trained, weight), run in itertools.groupby(pairs, key=lambda pair: (pair[0].trained, pair[0].weight)):
+        marked = trained and not style.coloured
+        opening = TRAINED[0] * marked + (f"{weight:g}{WEIGHT}" if weight is not None else "")
+        for segment, text in ((segment, text) for segment, texts in run for text in texts):
+            if style.borders and line.runs:
+                line.close(BORDER, "blue" if style.coloured else "")
+            if opening:
+                line.add(opening, style.of_marks())
+                opening = ""
+            line.add(style.visible(text, segment), style.of_text(segment))
+        if marked:
+            line.close(TRAINED[1])
+    return line
+
+
+def _legend(style: Style) -> Line:
+    line = lay_out(_SAMPLE, [[segment.text] for segment in _SAMPLE], style._replace(borders=False))
+    line.add(f" {NEWLINE} newline" + (f" {BORDER} token border <0xE6> a byte of a character" if style.borders else ""))
+    return line
+
+
+def _lines(items: Sequence[Shown], style: Style) -> Iterator[Line]:
+    yield _legend(style)
+    for item in items:
+        title = Line()
+        title.add(printable(item.title), style.of_marks())
+        yield title
+        if item.segments:
+            yield lay_out(item.segments, item.pieces(), style)
+
+
+def print_text(items: Sequence[Shown], *, borders: bool) -> None:
+    """Print to stdout, the legend first, in colours where it is a terminal that has them."""
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-    coloured = console.is_terminal and not console.no_color
-    for item in items:
-        console.print(Text(printable(item.title), style="bold"))
-        line = Text()
-        trained = False
-        for segment in item.segments:
-            if not coloured and segment.trained != trained:
-                line.append("⟦" if segment.trained else "⟧")
-            trained = segment.trained
-            _append(line, segment, coloured)
-        if trained and not coloured:
-            line.append("⟧")
-        if item.segments:
-            console.print(line)
-        if item.tokens is not None:
-            borders = "│".join(printable(token.text).replace("\n", "\\n") for token in item.tokens)
-            console.print(Text(f"│{borders}│", style="dim" if coloured else ""))
+    coloured = console.is_terminal and not console.no_color and console.color_system is not None
+    for line in _lines(items, Style(coloured, borders)):
+        if coloured:
+            console.print(Text.assemble(*line.runs))
+        else:
+            sys.stdout.write("".join(text for text, _ in line.runs) + "\n")
 
 
-def _append(line: Any, segment: Segment, coloured: bool) -> None:
-    text = printable(segment.text)
-    if segment.weight is not None and not segment.control:
-        text = f"[{segment.weight:g}]{text}"
-    if not coloured:
-        line.append(f"‹{text}›" if segment.control else text)
-        return
-    style = "green" if segment.trained else "dim"
-    if segment.control:
-        style = "bold green" if segment.trained else "bold magenta"
-    line.append(text, style=style)
+def print_json(value: Any) -> None:
+    """Print to stdout as UTF-8, whatever the locale, with what a terminal may obey as `\\u009b` and the like."""
+    text = encode_json(value).decode()
+    safe = _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(safe.encode())
+    sys.stdout.buffer.flush()

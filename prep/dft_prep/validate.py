@@ -1,6 +1,6 @@
 """The one judgement on a raw record: a canonical conversation, or a finding that says what is wrong.
 
-Called by `work` (build), `show` (preview) and `validate_command`, so that they can never disagree. RFC 8259
+Called by `work` (build), `preview` and `validate_command`, so that they can never disagree. RFC 8259
 decides what is JSON: msgspec decodes, and the standard library judges what msgspec refuses.
 """
 
