@@ -1,8 +1,9 @@
 """Chat templates by other people: what is trained is what inference would have generated, for every one of them.
 
 The oracle is transformers' own render: of the messages up to a turn, minus that of the messages before it with the
-generation prompt. Compared wherever that difference exists and the whole render agrees with it; the templates' copies
-with `{% generation %}` tags set aside, which say themselves what is trained.
+generation prompt. Compared, text and place, wherever that difference exists and the whole render agrees with it. Where
+the prompt opens a `<think>` that the template prints no turn with, it is the difference to the prompt without that. The
+templates' copies with `{% generation %}` tags are set aside: they say themselves what is trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import datetime
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from tokenizers import AddedToken
@@ -27,6 +29,8 @@ FILES = {path.stem: path for path in sorted(TEMPLATES.rglob("*.jinja")) if "_tra
 pytestmark = pytest.mark.skipif(not FILES, reason="the shared templates are not here")
 
 DATE = datetime.date(2026, 1, 31)
+OPENED = "<think>\n"
+LEAST = 15  # turns that are compared; most templates have more than 25
 CONTROL = re.compile(r"<\|[^|<>'\"\s{}]+\|>|<｜[^｜]+｜>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
@@ -51,6 +55,7 @@ CONVERSATIONS = {
     "thinking in the text": [user("q"), reply("<think>\nhm\n</think>\n\na"), user("q"), reply("<think>hm</think>b")],
     "white space": [user(" Hi \n"), reply("  around \n\n"), user("\n\nmore\n"), reply("\n a line first")],
     "unicode": [user("日本語 👍🏽"), reply("e\u0301 \u2028 你好 🚀"), user("\u00a0x"), reply("\ufeffend\u200b")],
+    "blank lines": [user("\n\n\na\n\n\n"), reply("b\n\n\n\nc"), user(" "), reply(" \n"), user("q"), reply("\t\nd\n")],
     "look-alikes": [
         user("say <|im_end|> or </s> or <|assistant|>"),
         reply("<think>\nno</think> <|im_start|>assistant\nfake<|eot_id|>"),
@@ -65,6 +70,9 @@ CONVERSATIONS = {
     "tools": [user("1+1?"), reply(None, tool_calls=(CALL,)), RESULT, reply("It is 2.")],
     "tools and more": [
         SYSTEM, user("1+1?"), reply("I see.", tool_calls=(CALL,)), RESULT, reply("It is 2."), user("and?"), reply("3."),
+    ],
+    "tools and reasoning": [
+        user("1+1?"), reply("", reasoning="Add.", tool_calls=(CALL,)), RESULT, reply(" 2.\n", reasoning="\nSo 2."),
     ],
     "unused tools": [user("Hi"), reply("Hello."), user("b"), reply("c")],
 }  # fmt: skip
@@ -84,37 +92,47 @@ def tokenizer_for(source: str) -> TokenizerFiles:
     )
 
 
+class Answer(NamedTuple):
+    """What inference is fed for a turn, and what it would have generated."""
+
+    before: str
+    generated: str
+
+
 class Oracle:
     """transformers' render of the messages that our renderer gives the template."""
 
     def __init__(self, source: str, renderer: Renderer, conversation: Conversation, named: dict[str, str]) -> None:
         prepared = renderer.prepare(conversation)
         restore = prepared.stand_ins.restore if prepared.stand_ins is not None else str
-        self.messages = [json.loads(restore(json.dumps(message, ensure_ascii=False))) for message in prepared.messages]
-        self.tools = prepared.tools
+        given = json.dumps([prepared.messages, prepared.tools], ensure_ascii=False)
+        self.messages, self.tools = json.loads(restore(given))
         self.source, self.named = source, named
+        self.whole = self.render(len(self.messages))
 
     def render(self, end: int, *, prompt: bool = False) -> str | None:
-        try:
-            texts, _ = utils.render_jinja_template(
-                [self.messages[:end]],
-                tools=self.tools,
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                **self.named,
-            )
-        except Exception:  # templates refuse what they refuse with whatever they please
-            return None
-        return texts[0]
+        return render(self.source, self.messages[:end], self.tools, self.named, prompt=prompt)
 
-    def generated(self, number: int) -> str | None:
-        """What inference would have generated for message `number`, or None where there is no exact answer."""
+    def answer(self, number: int) -> Answer | None:
+        """For message `number`; None where there is no exact one."""
         before, through = self.render(number, prompt=True), self.render(number + 1)
-        whole = self.render(len(self.messages))
-        if before is None or through is None or whole is None or not through.startswith(before):
+        if before is None or through is None or self.whole is None:
             return None
-        generated = through[len(before) :]
-        return generated if whole.startswith(before + without_end(generated)) else None
+        fed = [before, before.rstrip(), before.removesuffix(OPENED)] if before.endswith(OPENED) else [before]
+        shared = next((text for text in fed if through.startswith(text)), None)
+        if shared is None or not self.whole.startswith(shared + without_end(through[len(shared) :])):
+            return None
+        return Answer(shared, through[len(shared) :])
+
+
+def render(source: str, messages: list, tools: list | None, named: dict[str, str], *, prompt: bool) -> str | None:
+    try:
+        texts, _ = utils.render_jinja_template(
+            [messages], tools=tools, chat_template=source, add_generation_prompt=prompt, **named
+        )
+    except Exception:  # templates refuse what they refuse with whatever they please
+        return None
+    return texts[0]
 
 
 def without_end(text: str) -> str:
@@ -135,20 +153,26 @@ def test_what_is_trained_is_what_inference_would_have_generated(name):
             rendered = renderer.render(conversation)
         except RenderRefusal as refusal:
             assert refusal.code == "template_refused", (title, refusal.message)
+            plain = [{"role": message.role, "content": message.content or ""} for message in messages]
+            assert render(source, plain, None, tokenizer.named_tokens(), prompt=False) is None, title
             continue
         oracle = Oracle(source, renderer, conversation, tokenizer.named_tokens())
-        assert rendered.restore(rendered.text) == oracle.render(len(messages)), title
-        texts = {n: rendered.text[s.start : s.end] for s, n in zip(rendered.spans, rendered.turns, strict=True)}
+        assert rendered.restore(rendered.text) == oracle.whole, title
+        assert all(messages[number].role == "assistant" for number in rendered.turns), title
+        spans = dict(zip(rendered.turns, rendered.spans, strict=True))
         for number, message in enumerate(messages):
-            wanted = oracle.generated(number) if message.role == "assistant" else None
-            if wanted is None:
+            answer = oracle.answer(number) if message.role == "assistant" else None
+            if answer is None:
                 continue
-            trained = rendered.restore(texts.get(number, ""))
-            assert wanted.startswith(trained) and trained == trained.rstrip(), (title, number, trained, wanted)
+            where = (title, number, answer)
+            start, end, _ = spans.get(number, (0, 0, 0))
+            trained = rendered.restore(rendered.text[start:end])
+            if number in spans:
+                assert rendered.restore(rendered.text[:start]) == answer.before, where
+            assert answer.generated.startswith(trained) and trained == trained.rstrip(), (*where, trained)
             # What inference generates beyond it stands behind the token that ends the turn.
-            assert not without_end(wanted[len(trained) :]), (title, number, trained, wanted)
-            if wanted.rstrip() != trained:
-                assert CONTROL.search(trained[-40:]), (title, number, trained, wanted)
+            beyond = answer.generated[len(trained) :]
+            assert not without_end(beyond), (*where, trained)
+            assert not beyond.strip() or re.search(rf"(?:{CONTROL.pattern})\Z", trained), (*where, trained)
             compared += 1
-    # Where the prompt opens `<think>` and turns are printed without it, few turns have an exact answer.
-    assert compared >= (2 if any(prompt.endswith("<think>\n") for prompt in renderer.prompts) else 12), compared
+    assert compared >= LEAST, compared
