@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 import tiny
 from dft_common.records import Conversation, Message
-from dft_prep.checks import pieces_differ
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import ReferenceEncoder
 from dft_prep.render import Renderer
@@ -23,6 +22,7 @@ from dft_prep.tokenizer_files import TokenizerFiles
 
 DATE = datetime.date(2026, 1, 31)
 NAMED = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+BYTES = {text: bytes([byte]) for byte, text in enumerate(tiny.BYTE_TOKENS)}
 KINDS = {
     "bpe normalizer": ("bpe", "normalizer"),
     "bpe first": ("bpe", "first"),
@@ -55,14 +55,12 @@ def oracle(case: Case) -> Tokenizer:
 
 
 def make_encoder(tokenizer: Tokenizer, source: str) -> BatchEncoder:
-    """As a build makes it: the whole text is encoded where pieces are found to differ."""
+    """As a build makes it."""
     files = TokenizerFiles(
         origin="tiny", tokenizer_json=tokenizer.to_str(), config=NAMED, chat_template=None, side_files={}
     )
     reference = ReferenceEncoder(files)
-    made = BatchEncoder(Renderer(source, files, DATE), files, reference, reference)
-    made.whole = pieces_differ(made.renderer, made)
-    return made
+    return BatchEncoder(Renderer(source, files, DATE), files, reference, reference)
 
 
 @functools.cache
@@ -78,20 +76,22 @@ def conversation(contents: list[str], *, trained: tuple[int, ...] = (1, 3)) -> C
     return Conversation(messages=tuple(messages))
 
 
+@functools.cache
+def compiled(source: str) -> jinja2.Template:
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
 def whole_ids(case: Case, contents: list[str], *, prompt: bool) -> list[int]:
     """Ids of the whole text, by Jinja and `tokenizers` alone."""
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tiny.TEMPLATES[case.template])
-    text = template.render(messages=tiny.turns(*contents), add_generation_prompt=prompt, **NAMED)
+    text = compiled(tiny.TEMPLATES[case.template]).render(
+        messages=tiny.turns(*contents), add_generation_prompt=prompt, **NAMED
+    )
     return oracle(case).encode(text, add_special_tokens=False).ids
 
 
-def encoded(made: BatchEncoder, item: Conversation, *, whole: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, whether each is trained) of a conversation; `whole` as the encoder has it, or otherwise."""
-    rendered = made.renderer.render(item)
-    usual = made.whole
-    made.whole = usual if whole is None else whole
-    batch = made.encode([rendered])
-    made.whole = usual
+def encoded(made: BatchEncoder, item: Conversation) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, whether each is trained) of a conversation."""
+    batch = made.encode([made.renderer.render(item)])
     return batch.input_ids, batch.weights > 0
 
 
@@ -107,11 +107,9 @@ def runs(ids: np.ndarray, live: np.ndarray) -> list[list[int]]:
 
 def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What tokens stand for, the bytes put together. Raises where half a character is left over."""
-    numbers = {text: number for number, text in enumerate(tiny.BYTE_TOKENS)}
     tokens = [tokenizer.id_to_token(number) for number in ids]
-    return b"".join(
-        bytes([numbers[token]]) if token in numbers else token.replace("▁", " ").encode() for token in tokens
-    ).decode()
+    parts = (BYTES[token] if token in BYTES else token.replace("▁", " ").encode() for token in tokens)
+    return b"".join(parts).decode()
 
 
 def turn_text(case: Case, content: str) -> str:

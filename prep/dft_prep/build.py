@@ -23,7 +23,7 @@ from dft_common.packs import PackIndexInfo
 from dft_common.records import Conversation
 from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS, TOKENIZER_DIR
 from dft_prep.assemble import AssembleOptions, PartOfSource, assemble
-from dft_prep.checks import pieces_differ, self_check
+from dft_prep.checks import self_check
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder
 from dft_prep.engine import default_workers, fingerprint_units, run_units
@@ -180,7 +180,6 @@ def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -
     texts = [message.content or "" for conversation in sample for message in conversation.messages]
     engine = choose_encoder(wanted_encoder, recipe.tokenizer, reference, texts)
     encoder = BatchEncoder(renderer, recipe.tokenizer, engine, reference)
-    encoder.whole = pieces_differ(renderer, encoder)
     checks = self_check(renderer, encoder, sample)
     template = TemplateInfo(
         fingerprint=recipe.template.fingerprint,
@@ -216,7 +215,6 @@ def _run(
         date=recipe.date,
         render_options=recipe.render_options,
         encoder=encoder.encoder.name,
-        whole=encoder.whole,
         token_dtype=recipe.options.token_dtype,
         encoding_key=recipe.encoding_key(),
         parts_dir=workspace.parts,

@@ -43,19 +43,6 @@ def probe_conversations() -> list[Conversation]:
     return out
 
 
-def pieces_differ(renderer: Renderer, encoder: BatchEncoder) -> bool:
-    """Whether this tokenizer gives a prompt's pieces other ids than the whole prompt."""
-    for conversation in probe_conversations():
-        try:
-            rendered = renderer.render(conversation)
-        except RenderRefusal:
-            continue
-        for start, _, _ in rendered.spans:
-            if encoder.prompt_ids(rendered, start) != encoder.reference.encode_prompt(rendered.text[:start]):
-                return True
-    return False
-
-
 class _Checked(NamedTuple):
     """A conversation that is being checked."""
 
@@ -127,7 +114,7 @@ def check_conversation(renderer: Renderer, encoder: BatchEncoder, conversation: 
     for span, number in zip(rendered.spans, rendered.turns, strict=True):
         compared = _check_span(checked, span, number, prefixes)
         done[compared] += 1
-        if compared not in ("turns", "turns_rewritten") or rendered.stand_ins is not None or encoder.whole:
+        if compared not in ("turns", "turns_rewritten") or rendered.stand_ins is not None:
             continue
         prompt = rendered.text[: span.start]
         ours, whole = encoder.prompt_ids(rendered, span.start), encoder.reference.encode_prompt(prompt)

@@ -3,8 +3,7 @@
 Called by `work` for each batch of a work unit. The rendered text is cut at the control tokens that the
 template wrote and at the borders of the trained spans; each piece is encoded on its own, control tokens are
 put in by id. So the prompt's ids are exactly inference's, no token straddles prompt and reply, and the mask
-is the pieces' lengths. Where a tokenizer makes the pieces of a prompt differ from the whole (`pieces_differ`),
-the whole text is encoded instead, and offsets place the mask.
+is the pieces' lengths. What a tokenizer puts before a text, by what stands before it, is learnt (`neighbours`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from dft_common.errors import DataError
 from dft_prep.encoders import Encoder, EncoderMismatch, ReferenceEncoder, same_ids
+from dft_prep.neighbours import Neighbours, learn_neighbours
 from dft_prep.render import Rendered, Renderer, TrainedSpan
 from dft_prep.tokenizer_files import ControlToken, TokenizerFiles
 
@@ -36,6 +37,8 @@ class Piece(msgspec.Struct, frozen=True):
     text: str
     token: int | None
     weight: float
+    guarded: bool = False
+    """Encoded behind the guard of `Neighbours`."""
 
 
 class EncodedBatch(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +52,13 @@ class EncodedBatch(msgspec.Struct, frozen=True, kw_only=True):
     """[rows + 1] int64."""
 
 
-def cut(rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken]) -> list[Piece]:
-    """`rendered` as pieces, in order. White space that a control token swallows is gone from its neighbours."""
+def cut(
+    rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken], neighbours: Neighbours
+) -> list[Piece]:
+    """`rendered` as pieces, in order. White space that a control token swallows is gone from its neighbours.
+
+    But not from a reply: the token stands in the prompt, and what the model writes after it is its own.
+    """
     text = rendered.text
     # Where the weight changes, and to what; the last edge is behind the text.
     edges = [edge for start, end, weight in rendered.spans for edge in ((start, weight), (end, 0.0))]
@@ -59,26 +67,41 @@ def cut(rendered: Rendered, renderer: Renderer, control: dict[str, ControlToken]
     at = next_edge = 0
     weight = 0.0
     strip_left = False
+    after: str | None = None
     for start, end in [*renderer.control.positions(text), (len(text), len(text))]:
         token = control.get(text[start:end])
         while at < start or edges[next_edge][0] <= start:
-            position, after = edges[next_edge]
+            position, following = edges[next_edge]
             stop = min(position, start)
             run = text[at:stop]
             if strip_left and at < stop:
                 run, strip_left = _LEFT_SPACE.sub("", run), False
             if stop == start and token is not None and token.strips_left:
                 run = _RIGHT_SPACE.sub("", run)
-            if run:
-                pieces.append(Piece(rendered.restore(run), None, weight))
+            for part in _typed(rendered, run, neighbours) if run else ():
+                pieces.append(Piece(part, None, weight, neighbours.guards(after)))
+                after = "text"
             at = stop
             if position <= start:
-                weight, next_edge = after, next_edge + 1
+                weight, next_edge = following, next_edge + 1
+                strip_left = strip_left and weight == 0
         if token is not None:
             pieces.append(Piece(token.text, token.id, weight))
-            strip_left = token.strips_right
+            strip_left, after = token.strips_right, "control"
         at = end
     return pieces
+
+
+def _typed(rendered: Rendered, run: str, neighbours: Neighbours) -> list[str]:
+    """A run with its stand-ins replaced, cut inside what the model would take for a control token."""
+    if rendered.stand_ins is None:
+        return [run]
+    parts = [rendered.restore(run)]
+    for text in neighbours.found_in_text:
+        parts = [
+            part for whole in parts for part in re.split(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})", whole)
+        ]
+    return parts
 
 
 class BatchEncoder:
@@ -90,26 +113,33 @@ class BatchEncoder:
         tokenizer: TokenizerFiles,
         encoder: Encoder,
         reference: ReferenceEncoder,
-        *,
-        whole: bool = False,
     ) -> None:
         self.renderer = renderer
         self.encoder = encoder
         self.reference = reference
-        self.whole = whole
         self.control = {token.text: token for token in tokenizer.control_tokens()}
+        self.neighbours = learn_neighbours(reference, tokenizer.control_tokens())
+        self._guard_ids = np.array(self.neighbours.guard_ids, np.uint32)
         self._cache: dict[str, np.ndarray] = {}
         self._control_ids = {token.id: np.array([token.id], np.uint32) for token in self.control.values()}
 
     def encode(self, batch: Sequence[Rendered]) -> EncodedBatch:
         """Ids and weights of every conversation of `batch`, in order."""
-        if self.whole:
-            return _join([self._encode_whole(rendered) for rendered in batch])
-        return self.encode_pieces([cut(rendered, self.renderer, self.control) for rendered in batch])
+        return self.encode_pieces([self.cut(rendered) for rendered in batch])
+
+    def cut(self, rendered: Rendered) -> list[Piece]:
+        return cut(rendered, self.renderer, self.control, self.neighbours)
+
+    def _key(self, text: str, guarded: bool) -> str:
+        """What is given to the tokenizer for a piece."""
+        return self.neighbours.guard + text if guarded else text
 
     def encode_pieces(self, rows: Sequence[list[Piece]]) -> EncodedBatch:
         new = [
-            piece.text for pieces in rows for piece in pieces if piece.token is None and piece.text not in self._cache
+            self._key(piece.text, piece.guarded)
+            for pieces in rows
+            for piece in pieces
+            if piece.token is None and self._key(piece.text, piece.guarded) not in self._cache
         ]
         ids, offsets = self.encoder.encode(new)
         bounds = offsets.tolist()
@@ -120,20 +150,30 @@ class BatchEncoder:
         fresh: dict[str, np.ndarray] = {}
         for pieces in rows:
             counts.append(len(pieces))
-            for text, token, weight in map(msgspec.structs.astuple, pieces):
+            for text, token, weight, guarded in map(msgspec.structs.astuple, pieces):
                 weights.append(weight)
                 if token is not None:
                     parts.append(self._control_ids[token])
                     continue
-                known = self._cache.get(text)
+                key = self._key(text, guarded)
+                known = self._cache.get(key)
                 if known is None:
                     known = ids[bounds[at] : bounds[at + 1]]
                     at += 1
-                    if len(text) <= _CACHED_PIECE:
-                        fresh[text] = known
-                parts.append(known)
+                    if len(key) <= _CACHED_PIECE:
+                        fresh[key] = known
+                parts.append(self._without_guard(known, text) if guarded else known)
         self._remember(fresh)
         return _assemble(parts, weights, counts)
+
+    def _without_guard(self, ids: np.ndarray, text: str) -> np.ndarray:
+        count = len(self._guard_ids)
+        if not np.array_equal(ids[:count], self._guard_ids):
+            raise DataError(
+                f"a token reaches across the border before {text[:40]!r}, so that its mask cannot be exact",
+                remedy="report it with the tokenizer's name; no byte-level tokenizer has such a border",
+            )
+        return ids[count:]
 
     def _remember(self, fresh: dict[str, np.ndarray]) -> None:
         if len(self._cache) + len(fresh) > _CACHE_LIMIT:
@@ -142,7 +182,7 @@ class BatchEncoder:
 
     def check(self, rendered: Rendered) -> None:
         """Raise EncoderMismatch unless the engine's ids for `rendered` are those of `tokenizers`."""
-        texts = [piece.text for piece in cut(rendered, self.renderer, self.control) if piece.token is None]
+        texts = [self._key(piece.text, piece.guarded) for piece in self.cut(rendered) if piece.token is None]
         if not same_ids(self.encoder.encode(texts), self.reference.encode(texts)):
             raise EncoderMismatch(self.encoder.name)
 
@@ -154,17 +194,7 @@ class BatchEncoder:
             notes=(),
             stand_ins=rendered.stand_ins,
         )
-        return self.encode_pieces([cut(head, self.renderer, self.control)]).input_ids.tolist()
-
-    def _encode_whole(self, rendered: Rendered) -> EncodedBatch:
-        if rendered.stand_ins is not None:
-            # Only pieces can keep a control token's text apart from the token.
-            return self.encode_pieces([cut(rendered, self.renderer, self.control)])
-        ids, starts = self.reference.encode_with_offsets(rendered.text)
-        weights = np.zeros(len(ids), np.float32)
-        for start, end, weight in rendered.spans:
-            weights[(starts >= start) & (starts < end)] = weight
-        return EncodedBatch(input_ids=ids, weights=weights, offsets=np.array([0, len(ids)], np.int64))
+        return self.encode_pieces([self.cut(head)]).input_ids.tolist()
 
 
 def _assemble(parts: list[np.ndarray], weights: list[float], counts: list[int]) -> EncodedBatch:
@@ -174,13 +204,4 @@ def _assemble(parts: list[np.ndarray], weights: list[float], counts: list[int]) 
         input_ids=np.concatenate(parts) if parts else np.zeros(0, np.uint32),
         weights=np.repeat(np.asarray(weights, np.float32), lengths),
         offsets=ends[np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])],
-    )
-
-
-def _join(batches: Sequence[EncodedBatch]) -> EncodedBatch:
-    lengths = [len(batch.input_ids) for batch in batches]
-    return EncodedBatch(
-        input_ids=np.concatenate([np.zeros(0, np.uint32), *(batch.input_ids for batch in batches)]),
-        weights=np.concatenate([np.zeros(0, np.float32), *(batch.weights for batch in batches)]),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
     )

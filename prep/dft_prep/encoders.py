@@ -56,11 +56,6 @@ class ReferenceEncoder:
         """Ids of a whole rendered text, control tokens recognised: what inference feeds."""
         return self._whole.encode(text, add_special_tokens=False).ids
 
-    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [tokens], first character [tokens]) of a whole rendered text, control tokens recognised."""
-        encoding = self._whole.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.ids, np.uint32), np.asarray([start for start, _ in encoding.offsets], np.int64)
-
 
 class FastEncoder:
     """The `fastokens` engine. Raises whatever it raises for a tokenizer that it does not know."""

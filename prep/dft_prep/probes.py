@@ -29,7 +29,7 @@ from dft_prep.trace import Message, Traced, mark_messages
 
 _USER, _REPLY, _SYSTEM = "probeuserword", "probereplyword", "probesystemword"
 _RESULT, _REASON, _TOOL, _ARGUMENT = "proberesultword", "probereasonword", "probetoolname", "probeargumentword"
-_NAME = "probenameword"
+_NAME, _CALLED = "probenameword", "probecalledname"
 _CALL_ID = "call00001"  # nine letters and digits, as some templates insist
 
 Messages = list[dict[str, Any]]
@@ -158,12 +158,12 @@ class _Prober:
         return {"role": "system", "content": self._content(_SYSTEM)}
 
     def call(self, arguments: Any, content: str | None = "") -> dict[str, Any]:
-        function = {"name": _TOOL, "arguments": arguments}
+        function = {"name": _CALLED, "arguments": arguments}
         call = {"id": _CALL_ID, "type": "function", "function": function}
         return {"role": "assistant", "content": self._content(content), "tool_calls": [call]}
 
     def result(self) -> dict[str, Any]:
-        return {"role": "tool", "content": self._content(_RESULT), "name": _TOOL, "tool_call_id": _CALL_ID}
+        return {"role": "tool", "content": self._content(_RESULT), "name": _CALLED, "tool_call_id": _CALL_ID}
 
     def text(self, messages: Messages, tools: Any = None) -> str:
         """The render, or "" where the template refuses it."""
@@ -190,7 +190,7 @@ class _Prober:
     def _prints_call(self, arguments: Any, wrong: str) -> bool:
         text = self.text([self.user(), self.call(arguments), self.result(), self.reply()], _TOOLS)
         text = text or self.text([self.user(), self.call(arguments)], _TOOLS)
-        return _ARGUMENT in text and text.count(_TOOL) > 1 and wrong not in text
+        return _ARGUMENT in text and _CALLED in text and wrong not in text
 
     def arguments(self, form: str | None) -> Any:
         return {"key": _ARGUMENT} if form == "objects" else f'{{"key": "{_ARGUMENT}"}}'

@@ -45,8 +45,6 @@ class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
     date: datetime.date
     render_options: RenderOptions
     encoder: str
-    whole: bool
-    """Encode whole texts with offsets: this tokenizer gives a prompt's pieces other ids."""
     token_dtype: TokenDtype
     encoding_key: str
     parts_dir: Path
@@ -151,7 +149,7 @@ def make_batch_encoder(context: WorkContext) -> BatchEncoder:
     renderer = Renderer(context.template_source, context.tokenizer, context.date, context.render_options)
     reference = ReferenceEncoder(context.tokenizer)
     encoder = make_encoder(context.encoder, context.tokenizer, reference)
-    return BatchEncoder(renderer, context.tokenizer, encoder, reference, whole=context.whole)
+    return BatchEncoder(renderer, context.tokenizer, encoder, reference)
 
 
 class Worker:
@@ -163,7 +161,7 @@ class Worker:
     def part_key(self, unit: Unit, fingerprint: str) -> str:
         context = self.context
         # The start too: findings hold byte offsets.
-        made_by = [context.encoding_key, context.encoder, context.whole, unit.kind, unit.start, fingerprint]
+        made_by = [context.encoding_key, context.encoder, unit.kind, unit.start, fingerprint]
         return hash_object(made_by)
 
     def run(self, unit: Unit) -> UnitResult:

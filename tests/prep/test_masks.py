@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tiny
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.checks import pieces_differ, self_check
+from dft_prep.checks import self_check
 from dft_prep.render import RenderRefusal
 from dft_prep.tokenizer_files import load_tokenizer
 
@@ -232,14 +232,12 @@ def test_the_self_check_fails_for_a_wrong_span(make_encoder, monkeypatch):
         self_check(encoder.renderer, encoder, [])
 
 
-def test_pieces_that_differ_from_the_whole_are_found_and_the_whole_is_encoded(make_encoder, tmp_path):
+def test_a_piece_behind_other_text_gets_no_space_that_the_text_does_not_have(make_encoder, tmp_path):
     source = (
         "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     directory = tiny.write_tokenizer(tmp_path, source, tiny.prefix_space_tokenizer())
     encoder = make_encoder(source, load_tokenizer(str(directory)))
-    assert not pieces_differ(encoder.renderer, encoder)  # cut at the reply, a prompt is one piece still
-    item = conversation("a", "reply", "b", "again")
-    encoder.whole = True
-    assert live_texts(encoder, item) == ["reply<|im_end|>", "again<|im_end|>"]
+    assert encoder.neighbours.guard
+    assert live_texts(encoder, conversation("a", "reply", "b", "again")) == ["reply<|im_end|>", "again<|im_end|>"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 import tiny
 from sentencepiece_cases import (
     CASES,
-    Case,
     conversation,
     encoded,
     encoder,
@@ -57,22 +55,6 @@ CONTENTS = st.lists(
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def alone_as_in_context(case: Case) -> bool:
-    """Whether pieces are encoded and a reply alone gets no dummy space that it has not as a part of the whole."""
-    if encoder(case).whole:
-        return False
-    if case.template == "instruct":
-        return case.kind != "bpe normalizer"  # the reply opens with a space, and Metaspace adds none to that
-    return case.template == "phi" and case.strips_right  # the reply stands right behind a control token
-
-
-def replies_that_open(case: Case, contents: list[str]) -> list[str]:
-    """`contents`, but for what test_sentencepiece_context.py knows to fail: replies that open with unknown characters."""
-    if case.kind != "unigram first":
-        return contents
-    return [text if number % 2 == 0 else f"a{text}" for number, text in enumerate(contents)]
-
-
 def test_characters_that_the_vocabulary_lacks_become_bytes():
     for case in CASES:
         tokens = oracle(case).encode("日", add_special_tokens=False).tokens
@@ -80,10 +62,9 @@ def test_characters_that_the_vocabulary_lacks_become_bytes():
 
 
 @every_case
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(contents=CONTENTS)
 def test_a_prompts_ids_are_those_of_its_whole_text(case, contents):
-    contents = replies_that_open(case, contents)
     for number in (1, 3):
         ids, live = encoded(encoder(case), conversation(contents[: number + 1], trained=(number,)))
         (start,) = starts(live)
@@ -104,32 +85,20 @@ def test_a_prompts_ids_are_those_of_transformers(case, tmp_path):
 
 
 @every_case
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(contents=CONTENTS)
 def test_a_trained_run_spells_its_turn_and_no_character_is_cut(case, contents):
-    contents = replies_that_open(case, contents)
     parts = runs(*encoded(encoder(case), conversation(contents)))
     texts = [spelled(oracle(case), run) for run in parts]  # raises for half a character, in the context too
     for number in (1, 3):
         wanted = turn_text(case, contents[number])
-        if encoder(case).whole and case.strips_right and case.template == "phi":
-            wanted = wanted.lstrip()  # in the whole text, the header's token takes all white space after it
         assert texts[number] in (wanted, f" {wanted}")
         decoded = oracle(case).decode(parts[number], skip_special_tokens=False)
         assert decoded in (wanted, wanted.removeprefix(" "))
 
 
-@pytest.mark.parametrize("case", filter(alone_as_in_context, CASES), ids=str)
-@settings(max_examples=10)
-@given(contents=CONTENTS)
-def test_the_mask_is_the_same_piece_by_piece_and_whole(case, contents):
-    item = conversation([text.strip() for text in contents])  # in the whole, a token may strip what a reply opens with
-    by_pieces, whole = encoded(encoder(case), item), encoded(encoder(case), item, whole=True)
-    assert all(map(np.array_equal, by_pieces, whole))
-
-
 @every_case
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(contents=st.lists(st.lists(PIECE | st.sampled_from(tiny.CONTROL)).map("".join), min_size=4, max_size=4))
 def test_a_control_tokens_text_stays_text(case, contents):
     contents = [f"<s>{text}<|im_end|>" for text in contents]

@@ -1,7 +1,7 @@
 """A run of text has the ids that it has where it stands: behind other text, behind a control token, at the start.
 
 Tokenizers that came from SentencePiece put a dummy space before text, by where it stands; what is encoded alone always
-stands at the start. The cases that are known to be wrong are marked, with what is wrong.
+stands at the start.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import pytest
 import tiny
 from sentencepiece_cases import (
     CASES,
-    Case,
     conversation,
     encoded,
     encoder,
@@ -24,23 +23,10 @@ from sentencepiece_cases import (
     whole_ids,
 )
 
-
-def cases(wrong, reason: str):
-    """Every case; `wrong` tells those that are known to fail."""
-    marks = [pytest.mark.xfail(strict=True, reason=reason)]
-    params = [pytest.param(case, id=str(case), marks=marks if wrong(case) else []) for case in CASES]
-    return pytest.mark.parametrize("case", params)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def gets_a_dummy_space(case: Case) -> bool:
-    if case.kind.endswith("first"):
-        return False  # the whole text is encoded
-    if case.template == "instruct":
-        return case.kind == "bpe normalizer"  # Metaspace adds none before a space
-    return not (case.template == "phi" and case.strips_right)  # there a control token stands right before the reply
-
-
-@cases(gets_a_dummy_space, "a reply that stands behind text is encoded with a dummy space before it")
+@every_case
 def test_a_reply_is_encoded_as_it_stands_in_a_later_prompt(case):
     contents = ["What is  it?\n", "Paris is", " 日本語", "is é\n\nit"]
     ids, live = encoded(encoder(case), conversation(contents))
@@ -48,13 +34,7 @@ def test_a_reply_is_encoded_as_it_stands_in_a_later_prompt(case):
     assert ids.tolist() == whole_ids(case, contents, prompt=False)
 
 
-def follows_an_unknown_character(case: Case) -> bool:
-    """The header ends in a line feed, which is a byte too, and the whole text is encoded."""
-    behind_a_token = case.template == "phi" and case.strips_right
-    return case.kind == "unigram first" and case.template != "instruct" and not behind_a_token
-
-
-@cases(follows_an_unknown_character, "a Unigram gives every byte of a run of unknown characters the offsets of the run")
+@every_case
 def test_a_reply_that_opens_with_unknown_characters_is_trained_from_its_first(case):
     contents = ["x", "日本 is", "y", "é"]
     texts = [spelled(oracle(case), run) for run in runs(*encoded(encoder(case), conversation(contents)))]
@@ -63,20 +43,18 @@ def test_a_reply_that_opens_with_unknown_characters_is_trained_from_its_first(ca
         assert texts[number] in (wanted, f" {wanted}")
 
 
-@cases(lambda case: case.kind.endswith("first"), "with a control token's text, pieces are encoded where they differ")
+@every_case
 def test_a_control_tokens_text_in_a_reply_leaves_its_prompt_as_it_is(case):
     ids, live = encoded(encoder(case), conversation(["What is it?", "well <s>"]))
     assert ids[: starts(live)[0]].tolist() == whole_ids(case, ["What is it?"], prompt=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a Unigram finds a control token's text in its own vocabulary")
 def test_a_control_token_that_is_in_the_models_vocabulary_stays_text():
     tokenizer = tiny.sentencepiece_tokenizer("unigram", "always", in_model=("<s>",))
     ids, _ = encoded(make_encoder(tokenizer, tiny.CHATML), conversation(["say <s>", "no"]))
     assert tokenizer.token_to_id("<s>") not in ids.tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="the header's token takes the reply's white space")
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_reply_right_behind_a_token_that_strips_keeps_its_white_space(kind):
     source = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
