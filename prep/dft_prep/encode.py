@@ -79,7 +79,7 @@ def cut(
             if stop == start and token is not None and token.strips_left:
                 run = _RIGHT_SPACE.sub("", run)
             for part in _typed(rendered, run, neighbours) if run else ():
-                pieces.append(Piece(part, None, weight, neighbours.guards(after)))
+                pieces.append(Piece(part, None, weight, neighbours.is_guarded(after)))
                 after = "text"
             at = stop
             if position <= start:
@@ -119,7 +119,6 @@ class BatchEncoder:
         self.reference = reference
         self.control = {token.text: token for token in tokenizer.control_tokens()}
         self.neighbours = learn_neighbours(reference, tokenizer.control_tokens())
-        self._guard_ids = np.array(self.neighbours.guard_ids, np.uint32)
         self._cache: dict[str, np.ndarray] = {}
         self._control_ids = {token.id: np.array([token.id], np.uint32) for token in self.control.values()}
 
@@ -132,7 +131,7 @@ class BatchEncoder:
 
     def _key(self, text: str, guarded: bool) -> str:
         """What is given to the tokenizer for a piece."""
-        return self.neighbours.guard + text if guarded else text
+        return self.neighbours.guards[0].text + text if guarded else text
 
     def encode_pieces(self, rows: Sequence[list[Piece]]) -> EncodedBatch:
         new = [
@@ -167,13 +166,16 @@ class BatchEncoder:
         return _assemble(parts, weights, counts)
 
     def _without_guard(self, ids: np.ndarray, text: str) -> np.ndarray:
-        count = len(self._guard_ids)
-        if not np.array_equal(ids[:count], self._guard_ids):
-            raise DataError(
-                f"a token reaches across the border before {text[:40]!r}, so that its mask cannot be exact",
-                remedy="report it with the tokenizer's name; no byte-level tokenizer has such a border",
-            )
-        return ids[count:]
+        """ids: of the first guard and `text`. Where a token reaches across that guard, another one is taken."""
+        for number, guard in enumerate(self.neighbours.guards):
+            if number:
+                ids = self.encoder.encode([guard.text + text])[0]
+            if tuple(ids[: len(guard.ids)].tolist()) == guard.ids:
+                return ids[len(guard.ids) :]
+        raise DataError(
+            f"a token reaches across the border before {text[:40]!r}, so that its mask cannot be exact",
+            remedy="report it with the tokenizer's name; no byte-level tokenizer has such a border",
+        )
 
     def _remember(self, fresh: dict[str, np.ndarray]) -> None:
         if len(self._cache) + len(fresh) > _CACHE_LIMIT:

@@ -265,6 +265,10 @@ class Renderer:
     def _content(self, text: str | None) -> Any:
         return as_parts(text) if self.can.content_parts else text
 
+    def _prints(self, role: str) -> bool:
+        """Whether the template prints such a turn at all: a short text may stand in another's by chance."""
+        return {"tool": self.can.tool_results, "system": self.can.system}.get(role, True)
+
     def _is_trained(self, conversation: Conversation, span: Span) -> bool:
         if span.end <= span.start or conversation.messages[span.message].weight <= 0:
             return False
@@ -298,6 +302,8 @@ class Renderer:
                     notes["reply_rewritten"] += 1
                 if given.reasoning and not _holds(text, message["reasoning"], start, end):
                     notes["reasoning_not_printed"] += 1
+            elif content and not self._prints(given.role):
+                notes[f"{given.role}_not_printed"] += 1
             elif content:
                 found = text.find(content, at)
                 if found >= 0:

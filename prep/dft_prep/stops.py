@@ -6,7 +6,7 @@ Called by `build` at its end. A model that learns to write `<|im_end|>` goes on 
 
 from __future__ import annotations
 
-from dft_prep.tokenizer_files import CONFIG_NAME, GENERATION_NAME, TokenizerFiles
+from dft_prep.tokenizer_files import CONFIG_NAME, GENERATION_NAME, TOKEN_MAP_NAME, TokenizerFiles
 
 
 def stop_warnings(tokenizer: TokenizerFiles, end_of_turn: str | None) -> list[str]:
@@ -17,18 +17,30 @@ def stop_warnings(tokenizer: TokenizerFiles, end_of_turn: str | None) -> list[st
             "Give a template whose assistant turns end in one (--chat_template)"
         ]
     ids = {token.text: token.id for token in tokenizer.control_tokens()}
-    stops = set(tokenizer.generation_stops)
     eos = tokenizer.named_tokens().get("eos_token")
-    if eos in ids:
-        stops.add(ids[eos])
-    token_id = ids.get(end_of_turn)
-    if token_id in stops or end_of_turn == eos:
+    if end_of_turn == eos or ids.get(end_of_turn) in tokenizer.generation_stops:
         return []
-    named = {token_id: text for text, token_id in ids.items()}
-    shown = ", ".join(named.get(stop, f"id {stop}") for stop in sorted(stops)) or "nothing"
+    token_id = f" {ids[end_of_turn]}" if end_of_turn in ids else ""
     return [
-        f"turns end in {end_of_turn}, but generation ends at {shown} (eos_token of {CONFIG_NAME}, {GENERATION_NAME}). "
-        f"The checkpoints of dft-train get {end_of_turn} too; for any other copy of the model, add its id"
-        + (f" {token_id}" if token_id is not None else "")
-        + f" to eos_token_id in {GENERATION_NAME}, or make it the eos_token in {CONFIG_NAME}"
+        f"turns end in {end_of_turn}, but {_what_ends_generation(tokenizer, eos)}. "
+        f"The checkpoints of dft-train get {end_of_turn} too; for any other copy of the model, add its id{token_id} "
+        f"to eos_token_id in {GENERATION_NAME}, or make it the eos_token in {_eos_file(tokenizer)}"
     ]
+
+
+def _eos_file(tokenizer: TokenizerFiles) -> str:
+    return TOKEN_MAP_NAME if "eos_token" in tokenizer.token_map() else CONFIG_NAME
+
+
+def _what_ends_generation(tokenizer: TokenizerFiles, eos: str | None) -> str:
+    """Each token that ends generation, and the file that says so."""
+    texts = {token["id"]: token["content"] for token in tokenizer.parsed().get("added_tokens") or []}
+    found = []
+    if eos is not None:
+        found.append(f"{eos} (eos_token in {_eos_file(tokenizer)})")
+    if tokenizer.generation_stops:
+        shown = ", ".join(texts.get(stop, f"id {stop}") for stop in tokenizer.generation_stops)
+        found.append(f"{shown} (eos_token_id in {GENERATION_NAME})")
+    if not found:
+        return f"no token ends generation (no eos_token in {CONFIG_NAME}, no eos_token_id in {GENERATION_NAME})"
+    return "generation ends at " + " and ".join(found)

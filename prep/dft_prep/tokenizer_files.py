@@ -22,7 +22,8 @@ from dft_common.schema import TEMPLATE_NAME
 TOKENIZER_JSON = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 GENERATION_NAME = "generation_config.json"
-_SIDE_FILES = ("special_tokens_map.json",)
+TOKEN_MAP_NAME = "special_tokens_map.json"
+_SIDE_FILES = (TOKEN_MAP_NAME,)
 _HUB_PATTERNS = [
     TOKENIZER_JSON,
     CONFIG_NAME,
@@ -100,26 +101,32 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
         last = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
         return max([last, *(token["id"] for token in parsed.get("added_tokens") or [])]) + 1
 
+    def token_map(self) -> dict[str, Any]:
+        """`special_tokens_map.json`, where transformers reads it: its tokens then win over the config's."""
+        # A config with added_tokens_decoder was saved by a version that keeps all there.
+        ignored = "added_tokens_decoder" in self.config
+        return {} if ignored else json.loads(self.side_files.get(TOKEN_MAP_NAME, "{}"))
+
     def named_tokens(self) -> dict[str, str]:
         """`bos_token`, `eos_token` ... as text: the variables that a chat template may use."""
         named = {}
+        values = {**self.config, **self.token_map()}
         for key in _NAMED_TOKENS:
-            value = self.config.get(key)
+            value = values.get(key)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):
                 named[key] = text
         return named
 
     def with_chatml_tokens(self) -> TokenizerFiles:
-        """This tokenizer with ChatML's two control tokens, `<|im_end|>` as its end of sequence."""
+        """This tokenizer with ChatML's two control tokens, `<|im_end|>` as its end of sequence. Raises SetupError."""
         parsed = json.loads(self.tokenizer_json)
         present = {token["content"] for token in parsed.get("added_tokens") or []}
         missing = [text for text in CHATML_TOKENS if text not in present]
-        first = self.vocab_size()
-        for offset, text in enumerate(missing):
+        for text, token_id in self._ids_of_new(missing).items():
             parsed.setdefault("added_tokens", []).append(
                 {
-                    "id": first + offset,
+                    "id": token_id,
                     "content": text,
                     "single_word": False,
                     "lstrip": False,
@@ -128,12 +135,37 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
                     "special": True,
                 }
             )
+        side_files = dict(self.side_files)
+        if "eos_token" in self.token_map():
+            token_map = {**self.token_map(), "eos_token": CHATML_TOKENS[1]}
+            side_files[TOKEN_MAP_NAME] = json.dumps(token_map, indent=2, ensure_ascii=False) + "\n"
         return msgspec.structs.replace(
             self,
             tokenizer_json=json.dumps(parsed, ensure_ascii=False),
             config={**self.config, "eos_token": CHATML_TOKENS[1]},
+            side_files=side_files,
             added=tuple(missing),
         )
+
+    def _ids_of_new(self, texts: list[str]) -> dict[str, int]:
+        """The ids that `tokenizers` gives to new control tokens, whatever a file says. Raises SetupError.
+
+        A text that stands in the model's vocabulary keeps its id; the others go on from the vocabulary's size, which
+        is another token's id where the vocabulary's ids have gaps.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        before = {number: text for text, number in tokenizer.get_vocab().items()}
+        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+        found = {text: tokenizer.token_to_id(text) for text in texts}
+        for text, number in found.items():
+            if (other := before.get(number, text)) != text:
+                raise SetupError(
+                    f"--add_chatml_tokens: {text} would get id {number} of {other!r}: there are gaps among the ids",
+                    remedy="give a template that does with the tokenizer's own tokens (--chat_template)",
+                )
+        return found
 
     def save(self, directory: Path, chat_template: str) -> None:
         """Write the files that `AutoTokenizer.from_pretrained` and `load_tokenizer` read."""
@@ -180,7 +212,8 @@ def _generation_stops(directory: Path) -> tuple[int, ...]:
         return ()
     ids = _read_json(path).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not all(isinstance(item, int) for item in ids):
+    # Python counts True among the numbers.
+    if not all(type(item) is int for item in ids):
         raise SetupError(f"{path}: eos_token_id is no number or list of numbers", remedy="repair or remove the file")
     return tuple(ids)
 
@@ -240,6 +273,8 @@ def load_tokenizer(name: str) -> TokenizerFiles:
             remedy="give the directory of a tokenizer or of a model with its tokenizer",
         )
     _check_loads(directory, text)
+    if (directory / TOKEN_MAP_NAME).is_file():
+        _read_json(directory / TOKEN_MAP_NAME)
     config = _read_json(directory / CONFIG_NAME) if (directory / CONFIG_NAME).is_file() else {}
     return TokenizerFiles(
         origin=name,

@@ -239,5 +239,15 @@ def test_a_piece_behind_other_text_gets_no_space_that_the_text_does_not_have(mak
     )
     directory = tiny.write_tokenizer(tmp_path, source, tiny.prefix_space_tokenizer())
     encoder = make_encoder(source, load_tokenizer(str(directory)))
-    assert encoder.neighbours.guard
+    assert encoder.neighbours.guards
     assert live_texts(encoder, conversation("a", "reply", "b", "again")) == ["reply<|im_end|>", "again<|im_end|>"]
+
+
+def test_a_result_that_the_template_drops_is_told_even_where_the_reply_repeats_it(make_encoder):
+    messages = (
+        Message(role="user", content="w?"),
+        Message(role="assistant", content="call"),
+        Message(role="tool", content="42"),
+        Message(role="assistant", content="It is 42"),
+    )
+    assert "tool_not_printed" in make_encoder(tiny.PHI).renderer.render(Conversation(messages=messages)).notes

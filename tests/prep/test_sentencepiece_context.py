@@ -6,7 +6,10 @@ stands at the start.
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer
 
 import tiny
 from sentencepiece_cases import (
@@ -63,3 +66,23 @@ def test_a_reply_right_behind_a_token_that_strips_keeps_its_white_space(kind):
     ids, live = encoded(make_encoder(tokenizer, source), conversation(["q", "  is it"]))
     assert spelled(tokenizer, runs(ids, live)[1]).lstrip() == "is it<|end|>"
     assert spelled(tokenizer, runs(ids, live)[1]).startswith("  ")
+
+
+@every_case
+def test_a_reply_that_opens_as_the_guard_does_is_encoded_all_the_same(case):
+    """With pieces of two characters that a guard could be half of."""
+    data = json.loads(oracle(case).to_str())
+    if data["model"]["type"] != "BPE":
+        return
+    vocabulary = data["model"]["vocab"]
+    for text in ("\n", "\t"):
+        for piece in (text, text * 2):
+            vocabulary[piece] = max(vocabulary.values()) + 1
+        data["model"]["merges"].append([text, text])
+    for token in data["added_tokens"]:
+        token["id"] += 4
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    made = make_encoder(tokenizer, tiny.TEMPLATES[case.template])
+    for opening in ("\n", "\t", "x", "\n\t"):
+        ids, live = encoded(made, conversation(["a", f"{opening}b"]))
+        assert spelled(tokenizer, runs(ids, live)[1]).strip().startswith(f"{opening}b".strip())
