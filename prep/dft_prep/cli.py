@@ -119,7 +119,7 @@ _SHOW_FLAGS = (
         name="tokens",
         kind="bool",
         default=False,
-        help="Show the borders of the tokens, as │ (in JSON `tokens` lists id, text, trained).",
+        help="Show the borders of the tokens, as │ (in JSON, `token_list` has id, text, trained).",
     ),
 )
 _INSPECT_FLAGS = (

@@ -52,7 +52,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_object(self) -> dict[str, Any]:
         value = {**self.about, "segments": msgspec.to_builtins(self.segments)}
-        return value if self.tokens is None else {**value, "tokens": msgspec.to_builtins(self.tokens)}
+        return value if self.tokens is None else {**value, "token_list": msgspec.to_builtins(self.tokens)}
 
     def pieces(self) -> list[list[str]]:
         """The texts of each segment: one, or where borders were asked for one for each of its tokens."""

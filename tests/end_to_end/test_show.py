@@ -151,20 +151,20 @@ def test_json_says_the_same_of_data_and_dataset(data, out, model_dir, dft_prep):
     words = ("--format", "json", "--tokens")
     previewed = json.loads(dft_prep("preview", "--data_files", data, "--tokenizer", model_dir, *words).stdout)
     (row,) = json.loads(dft_prep("inspect", out, "--row", 0, *words).stdout)
-    assert previewed[0]["segments"] == row["segments"] and previewed[0]["tokens"] == row["tokens"]
+    assert previewed[0]["segments"] == row["segments"] and previewed[0]["token_list"] == row["token_list"]
     assert previewed[1]["left_out"]["code"] == "no_assistant" and previewed[1]["segments"] == []
     control = [segment["text"] for segment in row["segments"] if segment.get("control")]
     assert control == ["<|im_start|>", "<|im_end|>"] * 4
     assert {segment.get("weight") for segment in row["segments"]} == {None, 0.5}
-    assert sum(token["trained"] for token in row["tokens"]) == row["trained_tokens"]
-    assert any(token["text"].startswith("<0x") for token in row["tokens"])  # parts of 日本
+    assert sum(token["trained"] for token in row["token_list"]) == row["trained_tokens"]
+    assert any(token["text"].startswith("<0x") for token in row["token_list"])  # parts of 日本
 
 
 def test_token_borders_are_shown_on_request(out, dft_prep):
     legend, _, *lines = dft_prep("inspect", out, "--row", 0, "--tokens").stdout.splitlines()
     (row,) = json.loads(dft_prep("inspect", out, "--row", 0, "--tokens", "--format", "json").stdout)
     assert "│ token border" in legend
-    assert "".join(lines).count("│") == len(row["tokens"]) - 1
+    assert "".join(lines).count("│") == len(row["token_list"]) - 1
     assert any(line.endswith("│‹<|im_end|>›⟧│↵│") for line in lines)
     assert "│" not in dft_prep("inspect", out, "--row", 0).stdout
 
