@@ -5,6 +5,7 @@ Called by `build`. Results come in the order in which units finish.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ from dft_prep.work import UnitResult, WorkContext, Worker, make_batch_encoder
 
 _POOL_FROM_BYTES = 8_000_000
 """Below this, starting a pool takes longer than the work."""
+
+_ASK_EVERY = 0.2  # seconds: how long Ctrl-C may wait to be seen
 
 Result = TypeVar("Result")
 _worker: Worker | None = None
@@ -82,6 +85,25 @@ def _use_pool(units: Sequence[Unit], workers: int) -> bool:
     return workers > 1 and len(units) > 1 and sum(unit.size for unit in units) >= _POOL_FROM_BYTES
 
 
+@contextlib.contextmanager
+def _interrupt_when_asked() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is kept until the block asks for it: raised inside one of the pool's locks, it would lock it for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    pressed = threading.Event()
+
+    def ask() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield ask
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _pooled(
     units: Sequence[Unit], task: Callable[[Unit], Result], context: WorkContext | None, workers: int
 ) -> Iterator[tuple[int, Result]]:
@@ -94,18 +116,20 @@ def _pooled(
     # Large units first keep all cores busy to the end; at most a few wait in the queue, for a quick stop.
     waiting = sorted(range(len(units)), key=lambda number: -units[number].size)[::-1]
     running: dict[Future[Result], int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < 2 * workers:
-                number = waiting.pop()
-                running[pool.submit(task, units[number])] = number
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool:
-        raise SetupError(
-            "a worker process died: out of memory, or killed from outside",
-            remedy="run the same command again (it goes on), with a smaller --preprocessing_num_workers",
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with _interrupt_when_asked() as ask:
+        try:
+            while waiting or running:
+                ask()
+                while waiting and len(running) < 2 * workers:
+                    number = waiting.pop()
+                    running[pool.submit(task, units[number])] = number
+                done, _ = wait(running, timeout=_ASK_EVERY, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise SetupError(
+                "a worker process died: out of memory, or killed from outside",
+                remedy="run the same command again (it goes on), with a smaller --preprocessing_num_workers",
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
