@@ -157,8 +157,10 @@ class TokenizerFiles(msgspec.Struct, frozen=True, kw_only=True):
 
         tokenizer = Tokenizer.from_str(self.tokenizer_json)
         before = {number: text for text, number in tokenizer.get_vocab().items()}
+        before |= {token["id"]: token["content"] for token in self.parsed().get("added_tokens") or []}
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
-        found = {text: tokenizer.token_to_id(text) for text in texts}
+        after = tokenizer.get_vocab()
+        found = {text: after[text] for text in texts}
         for text, number in found.items():
             if (other := before.get(number, text)) != text:
                 raise SetupError(

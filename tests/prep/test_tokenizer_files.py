@@ -95,14 +95,9 @@ def test_without_transformers_a_sentencepiece_model_names_the_extra(tmp_path, mo
 
 
 def test_a_base_models_tokenizer_without_a_template(tmp_path):
-    made = tiny.byte_tokenizer()
-    with_tokens = load_tokenizer(str(tiny.write_tokenizer(tmp_path / "a", None, made)))
+    with_tokens = load_tokenizer(str(tiny.write_tokenizer(tmp_path / "a", None)))
     assert choose_template(with_tokens, None).origin == "chatml"
-    bare = json.loads(with_tokens.tokenizer_json)
-    bare["added_tokens"] = [t for t in bare["added_tokens"] if "im_" not in t["content"]]
-    directory = tiny.write_tokenizer(tmp_path / "b", None, made)
-    (directory / "tokenizer.json").write_text(json.dumps(bare))
-    base = load_tokenizer(str(directory))
+    base = without_chatml(tmp_path / "b")
     for wanted in (None, "chatml"):
         with pytest.raises(SetupError) as error:
             choose_template(base, wanted)
@@ -125,3 +120,82 @@ def test_a_models_generation_config_is_no_tokenizer_file(tmp_path):
     (directory / "generation_config.json").write_text("{}")
     load_tokenizer(str(directory)).save(tmp_path / "b", tiny.PHI)
     assert not (tmp_path / "b" / "generation_config.json").exists()
+
+
+TOKEN_MAP = {"eos_token": "<|endoftext|>", "bos_token": {"content": "<s>"}}
+
+
+@pytest.mark.parametrize("decoder", [None, {}])
+def test_the_special_tokens_map_counts_where_transformers_reads_it(tmp_path, decoder):
+    """An eos_token in it wins, but for a config that has its added_tokens_decoder: such a one holds all itself."""
+    transformers = pytest.importorskip("transformers")
+    directory = tiny.write_tokenizer(tmp_path / "a")
+    (directory / "special_tokens_map.json").write_text(json.dumps(TOKEN_MAP))
+    if decoder is not None:
+        config = json.loads((directory / "tokenizer_config.json").read_text())
+        (directory / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": decoder}))
+    files = load_tokenizer(str(directory))
+    expected = "<|endoftext|>" if decoder is None else "<|im_end|>"
+    assert files.named_tokens()["eos_token"] == expected
+    assert transformers.AutoTokenizer.from_pretrained(directory).eos_token == expected
+
+
+def without_chatml(directory, change=lambda parsed: None):
+    """A tokenizer whose last two ids are free, changed further by `change`, with a special_tokens_map.json."""
+    tiny.write_tokenizer(directory, None)
+    parsed = json.loads((directory / "tokenizer.json").read_text())
+    kept = [token for token in parsed["added_tokens"] if "im_" not in token["content"]]
+    for number, token in enumerate(kept):
+        token["id"] = len(parsed["model"]["vocab"]) + number
+    parsed["added_tokens"] = kept
+    change(parsed)
+    (directory / "tokenizer.json").write_text(json.dumps(parsed))
+    (directory / "special_tokens_map.json").write_text(json.dumps(TOKEN_MAP))
+    return load_tokenizer(str(directory))
+
+
+def test_added_chatml_tokens_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    added = without_chatml(tmp_path / "a").with_chatml_tokens()
+    added.save(tmp_path / "b", tiny.CHATML)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    ids = {token.text: token.id for token in added.control_tokens()}
+    assert theirs.convert_tokens_to_ids(list(added.added)) == [ids[text] for text in added.added]
+    assert theirs.eos_token == "<|im_end|>" and theirs.bos_token == "<s>"
+    assert len(theirs) == added.vocab_size()
+
+
+def test_a_chatml_token_of_the_vocabulary_keeps_its_id(tmp_path):
+    def into_vocabulary(parsed):
+        for token in parsed["added_tokens"]:
+            token["id"] += 1
+        parsed["model"]["vocab"]["<|im_end|>"] = len(parsed["model"]["vocab"])
+
+    base = without_chatml(tmp_path, into_vocabulary)
+    added = base.with_chatml_tokens()
+    ids = {token.text: token.id for token in added.control_tokens()}
+    assert ids["<|im_end|>"] == base.parsed()["model"]["vocab"]["<|im_end|>"]
+    assert added.vocab_size() == base.vocab_size() + 1
+
+
+def gap_in_vocabulary(parsed):
+    parsed["added_tokens"] = []
+    parsed["model"]["vocab"]["zz"] = len(parsed["model"]["vocab"]) + 1
+
+
+def gap_among_added(parsed):
+    del parsed["added_tokens"][0]
+
+
+@pytest.mark.parametrize(("gap", "other"), [(gap_in_vocabulary, "zz"), (gap_among_added, "</think>")])
+def test_chatml_tokens_never_take_another_tokens_id(tmp_path, gap, other):
+    with pytest.raises(SetupError, match=f"'{other}': there are gaps") as error:
+        without_chatml(tmp_path, gap).with_chatml_tokens()
+    assert "--chat_template" in error.value.remedy
+
+
+def test_a_damaged_special_tokens_map_is_a_clear_error(tmp_path):
+    directory = tiny.write_tokenizer(tmp_path)
+    (directory / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(SetupError, match=r"special_tokens_map\.json"):
+        load_tokenizer(str(directory))

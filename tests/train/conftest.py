@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -46,6 +47,16 @@ def rows(tokenizer) -> tuple[list[handmade.Conversation], list[handmade.Conversa
 def dataset(tmp_path_factory, rows) -> Path:
     """25 packs to train on, so that a step of 4 leaves one pack for the last step of an epoch."""
     return handmade.write_dataset(tmp_path_factory.mktemp("datasets") / "data", *rows)
+
+
+@pytest.fixture(scope="session")
+def zero3_float32(tmp_path_factory) -> Path:
+    """ZeRO-3 with nothing kept whole, in float32, so that it can be compared."""
+    path = tmp_path_factory.mktemp("ds") / "zero3.json"
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    path.write_text(json.dumps({**dict.fromkeys(auto, "auto"), "bf16": {"enabled": True}, "zero_optimization": zero}))
+    return path
 
 
 @pytest.fixture

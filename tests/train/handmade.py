@@ -195,8 +195,9 @@ def write_dataset(
     packing: bool = True,
     shards: int = 2,
     added: tuple[str, ...] = (),
+    end_of_turn: str | None = END,
 ) -> Path:
-    """A complete dataset in `out`."""
+    """A complete dataset in `out`. `added`: tokens that the build gave the tokenizer; their ids are the last."""
     out.mkdir(parents=True)
     (out / "packs").mkdir()
     write_tokenizer(out / "tokenizer", added=added)
@@ -227,7 +228,7 @@ def write_dataset(
         template=m.TemplateInfo(
             fingerprint=hash_object(TEMPLATE),
             origin="tokenizer",
-            end_of_turn=END,
+            end_of_turn=end_of_turn,
             generation_prompt="<|im_start|>assistant\n",
             checks={},
         ),

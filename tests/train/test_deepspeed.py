@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -64,37 +63,6 @@ def test_the_checkpoint_is_a_model_with_its_tokenizer(users_run, llama):
     ]
     assert len(moved) >= 0.9 * len(before)
     assert after["model.norm.weight"].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("launcher", "architecture"), [("python", "qwen3"), ("torchrun", "llama")])
-def test_tokens_that_the_build_added_are_learnt(launcher, architecture, request, rows, launch, tmp_path):
-    """In one process with a head of its own, and on two ranks of ZeRO-3 with tied embeddings."""
-    model = request.getfixturevalue(architecture)
-    new = handmade.VOCAB
-
-    def with_new_token(conversations):
-        ends = {handmade.VOCAB - 1: new}
-        return [dataclasses.replace(row, ids=[ends.get(i, i) for i in row.ids]) for row in conversations]
-
-    data = handmade.write_dataset(tmp_path / "data", *map(with_new_token, rows), added=("<|new|>",))
-    deepspeed = ["--deepspeed", REPO / "ds_config" / "zero3.json"] if launcher == "torchrun" else []
-    launch(
-        launcher, 2, "--dataset_dir", data, "--model_name_or_path", model, "--output_dir", tmp_path / "run",
-        "--max_steps", 4, "--learning_rate", 2e-2, "--torch_dtype", "float32", "--bf16", "False", "--report_to", "none",
-        "--save_only_model", *deepspeed,
-    )  # fmt: skip
-    before = AutoModelForCausalLM.from_pretrained(model)
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
-    assert after.config.vocab_size == new + 1
-    tied = architecture == "llama"
-    assert (after.get_input_embeddings().weight is after.get_output_embeddings().weight) == tied
-    for read in (type(before).get_input_embeddings, type(before).get_output_embeddings):
-        # A new row starts at the mean of the others; those that saw a gradient have gone from there.
-        start, row = read(before).weight.mean(0), read(after).weight[new]
-        assert (row - start).abs().max() > 0.02
-    ids = AutoTokenizer.from_pretrained(tmp_path / "run").encode("<|new|>", add_special_tokens=False)
-    assert ids == [new]
-    assert after.generate(torch.tensor([[65, 66, new]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
 
 
 def test_swanlab_got_the_run(users_run):

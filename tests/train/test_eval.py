@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -66,3 +67,39 @@ def test_an_empty_validation_split(qwen3, rows, train_here, tmp_path):
     assert code == 1 and "the validation split is empty" in error
     code, error = train_here(*arguments, "--max_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1)
     assert code == 0 and error.count("nothing is evaluated") == 1
+
+
+def weighted(conversations, weights=(0.0, 0.5, 1.0)):
+    """Each assistant turn with the next of `weights`, those of context 0: as the build stores them."""
+    made, turn = [], 0
+    for row in conversations:
+        own = [0.0] * len(row.ids)
+        for at, live in enumerate(row.mask):
+            turn += live and not row.mask[at - 1]
+            own[at] = weights[turn % len(weights)] if live else 0.0
+        made.append(dataclasses.replace(row, weights=own))
+    return made
+
+
+def test_weights_of_messages_count_in_evaluation_and_in_training(rows, qwen3, train_here, tmp_path):
+    """A weight multiplies a token's loss; ce_loss and avg_p_correct take each token above 0 as one, 0 as context."""
+    train, validation = weighted(rows[0][:9]), weighted(rows[1])
+    for row in (*train, *validation):
+        assert set(row.weights) <= {0.0, 0.5, 1.0}
+    assert any(len({w for w, live in zip(row.weights, row.mask, strict=True) if live}) > 1 for row in validation)
+    data = handmade.write_dataset(tmp_path / "data", train, validation)
+    common = ("--dataset_dir", data, "--model_name_or_path", qwen3, "--output_dir", tmp_path / "run")
+    assert train_here(*common, "--eval_only")[0] == 0
+    found = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    names = ("loss", "ce_loss", "avg_p_correct")
+    expected = eager_numbers(qwen3, validation, 0.7)[""]
+    assert [found[f"eval_{name}"] for name in names] == pytest.approx(expected, rel=2e-5)
+    # One step of all packs: its numbers are those of the untrained model.
+    code, _ = train_here(
+        *common, "--max_steps", 1, "--per_device_train_batch_size", 5, "--gradient_accumulation_steps", 2,
+        "--logging_steps", 1, "--save_strategy", "no",
+    )  # fmt: skip
+    assert code == 0
+    line = next(line for line in handmade.read_state(tmp_path / "run")["log_history"] if "ce_loss" in line)
+    assert line["epoch"] == 1.0
+    assert [line[name] for name in names] == pytest.approx(eager_numbers(qwen3, train, 0.7)[""], rel=2e-5)

@@ -43,16 +43,6 @@ def assert_same_run(run: Path, other: Path, *, rel: float, weights: float) -> No
 
 
 @pytest.fixture(scope="module")
-def zero3_float32(tmp_path_factory) -> Path:
-    """ZeRO-3 with nothing kept whole, in float32, so that it can be compared."""
-    path = tmp_path_factory.mktemp("ds") / "zero3.json"
-    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    path.write_text(json.dumps({**dict.fromkeys(auto, "auto"), "bf16": {"enabled": True}, "zero_optimization": zero}))
-    return path
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory, dataset, qwen3) -> Path:
     """One rank, a step's four packs in one micro-batch, checkpoints on the way."""
     from dft_train.cli import main

@@ -132,6 +132,19 @@ def test_tokens_that_the_build_added_get_embeddings(attempt, rows, qwen3, tmp_pa
     assert code == 0 and "resized" not in error
 
 
+@pytest.mark.parametrize("token_id", [handmade.VOCAB, handmade.VOCAB + 1])
+def test_an_added_token_that_the_models_vocabulary_holds_must_have_its_id(token_id, attempt, rows, qwen3, tmp_path):
+    def with_extra(tokenizer):
+        tokenizer["model"]["vocab"]["<|extra|>"] = token_id
+
+    data = handmade.write_dataset(tmp_path / "added", *rows, added=("<|extra|>",))
+    outcome = attempt(data, model=changed_tokenizer(qwen3, tmp_path / "other", with_extra))
+    if token_id == handmade.VOCAB:
+        assert outcome[0] == 0, outcome[1]
+    else:
+        refused(outcome, 1, "vocabulary: 1 differ", "<|extra|>")
+
+
 @pytest.mark.parametrize(
     ("flags", "texts"),
     [

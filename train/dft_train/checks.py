@@ -92,10 +92,12 @@ def model_tokenizer(settings: Settings) -> dict[str, Any] | None:
         return None
 
 
-def _without_added(meaning: dict[str, Any], added: list[str]) -> dict[str, Any]:
+def _without_added(meaning: dict[str, Any], added: list[str], theirs: dict[str, Any]) -> dict[str, Any]:
+    """`meaning` less what the build added; what is in `theirs` too stays, to be compared."""
     out = dict(meaning)
     for part in ("vocabulary", "added_tokens"):
-        out[part] = {content: value for content, value in meaning[part].items() if content not in added}
+        new = set(added) - theirs[part].keys()
+        out[part] = {content: value for content, value in meaning[part].items() if content not in new}
     return out
 
 
@@ -112,8 +114,9 @@ def check_tokenizer(settings: Settings, dataset_dir: Path, manifest: Manifest) -
     path = dataset_dir / TOKENIZER_DIR / TOKENIZER_JSON
     if not path.is_file():
         raise DataError(f"{path}: missing", remedy="build the dataset again; its tokenizer directory is part of it")
-    ours = _without_added(tokenizer_meaning(load_tokenizer_json(path)), manifest.tokenizer.added_tokens)
-    lines = describe_difference(ours, tokenizer_meaning(theirs), ("the dataset", "the model"))
+    meaning = tokenizer_meaning(theirs)
+    ours = _without_added(tokenizer_meaning(load_tokenizer_json(path)), manifest.tokenizer.added_tokens, meaning)
+    lines = describe_difference(ours, meaning, ("the dataset", "the model"))
     if lines:
         shown = "\n  ".join(lines)
         raise DataError(

@@ -247,4 +247,6 @@ class DftTrainer(Trainer):
         directory = Path(str(output_dir or self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
         self._plain_model.save_pretrained(directory, state_dict=state_dict, is_main_process=True)
+        # Not saved with a model whose code lacks transformers' generate.
+        self._plain_model.generation_config.save_pretrained(directory)
         copy_tokenizer(self._dataset_dir, directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from dft_common.errors import SetupError
 from dft_common.fingerprint import load_tokenizer_json, tokenizer_meaning
@@ -53,11 +53,23 @@ def load_model(settings: Settings, args: TrainingArguments, manifest: Manifest, 
             remedy="give a causal language model with its weights; --trust_remote_code True where it brings code",
         ) from None
     _warn_of_low_precision(settings, args, model)
-    needed = manifest.tokenizer.vocab_size
-    if needed > model.config.get_text_config().vocab_size:
-        get_logger().info("embeddings are resized to %s rows for %s", f"{needed:,}", manifest.tokenizer.added_tokens)
-        model.resize_token_embeddings(needed)
+    add_rows(model, manifest, args.seed)
     return model
+
+
+def add_rows(model: PreTrainedModel, manifest: Manifest, seed: int) -> None:
+    """Give the embeddings and the head a row for each id of the dataset; rows that are there stay as they are.
+
+    New rows are the mean of the others and a little noise (transformers' own way). Without rows to add, ids that the
+    tokenizer gained have rows that padded the vocabulary, and are trained from these.
+    """
+    needed = manifest.tokenizer.vocab_size
+    if needed <= model.config.get_text_config().vocab_size:
+        return
+    get_logger().info("embeddings are resized to %s rows for %s", f"{needed:,}", manifest.tokenizer.added_tokens)
+    # Trainer seeds only when it is made: without this the rows would depend on what each rank did before.
+    set_seed(seed)
+    model.resize_token_embeddings(needed)
 
 
 def end_of_turn_id(dataset_dir: Path, manifest: Manifest) -> int | None:
@@ -70,20 +82,38 @@ def end_of_turn_id(dataset_dir: Path, manifest: Manifest) -> int | None:
 
 
 def teach_to_stop(model: PreTrainedModel, token_id: int | None) -> None:
-    """Let generation end at the end of a turn too, and make sure that the generation config can be saved."""
-    config: Any = model.generation_config
-    if config is None:
-        return
+    """Let generation end at the end of a turn too, and make sure that there is a generation config to be saved."""
+    # Models that bring code may lack the attribute.
+    config: Any = getattr(model, "generation_config", None) or GenerationConfig.from_model_config(model.config)
     known = config.eos_token_id
     ids = [] if known is None else list(known) if isinstance(known, list | tuple) else [known]
     if token_id is not None and token_id not in ids:
-        ids.append(token_id)
+        ids = list(dict.fromkeys([*ids, token_id]))
         config.eos_token_id = ids if len(ids) > 1 else ids[0]
+    model.generation_config = _savable(config)
+
+
+def _problem(config: GenerationConfig) -> str | None:
     try:
         config.validate(strict=True)
-    except ValueError:
-        # Sampling options without sampling: loading allows it, saving refuses, hours later.
-        config.do_sample = True
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _savable(config: GenerationConfig) -> GenerationConfig:
+    """`config`, or what of it can be saved: loading allows settings at odds, saving refuses them, hours later."""
+    if _problem(config) is None:
+        return config
+    # Most often sampling options without sampling.
+    config.do_sample = True
+    if (problem := _problem(config)) is None:
+        return config
+    launch.warn(
+        "the model's generation config is at odds with itself, checkpoints get its token ids alone: %s", problem
+    )
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(**{name: getattr(config, name) for name in ids})
 
 
 def count_parameters(model: torch.nn.Module) -> int:
