@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
@@ -35,6 +35,7 @@ def printed(template: ChatTemplate, messages: list[dict]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("source", [*tiny.TEMPLATES.values(), *LOOPS.values()])
+@settings(max_examples=30)
 @given(texts=st.lists(st.text(), min_size=4, max_size=4))
 def test_the_traced_render_is_the_plain_render(source, texts):
     template = ChatTemplate(source, NAMED, DATE)
