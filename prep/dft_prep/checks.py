@@ -18,7 +18,6 @@ from dft_prep.encode import BatchEncoder
 from dft_prep.probes import RenderedPrefixes
 from dft_prep.render import Prepared, Rendered, Renderer, RenderRefusal, TrainedSpan
 from dft_prep.spans import Span, common_length, ends_in_token, is_rewritten, only_ends
-from dft_prep.trace import Traced
 
 _REMEDY = "give another template with --chat_template FILE.jinja; what the check found is a bug worth reporting"
 
@@ -49,12 +48,11 @@ class _Checked(NamedTuple):
     renderer: Renderer
     conversation: Conversation
     prepared: Prepared
-    traced: Traced
     rendered: Rendered
 
     def fail(self, what: str, ours: str, expected: str, message: int = 0) -> DataError:
         """What the template's author needs to see: its line, the conversation, the two texts one above the other."""
-        place = self.traced.place_of(message)
+        place = self.prepared.traced.place_of(message)
         lines = [f"self-check failed: {what}"]
         if place is not None and place.line:
             source = self.renderer.template.source.splitlines()[place.line - 1].strip()
@@ -67,7 +65,7 @@ class _Checked(NamedTuple):
 
 def _check_render(checked: _Checked) -> None:
     plain = checked.renderer.template.render(checked.prepared.messages, checked.prepared.tools)
-    for ours in (checked.traced.text, checked.rendered.text):
+    for ours in (checked.prepared.traced.text, checked.rendered.text):
         if ours != plain:
             at = common_length(plain, ours)
             near = slice(max(0, at - 40), at + 40)
@@ -95,7 +93,7 @@ def _check_span(checked: _Checked, span: TrainedSpan, number: int, prefixes: Ren
     generated = through[len(before.text) :]
     if generated.startswith(trained) and (ends_in_token(trained, rules) or only_ends(generated[len(trained) :], rules)):
         return "turns"
-    if is_rewritten(checked.traced, Span(number, span.start, span.end), rules, prefixes):
+    if is_rewritten(checked.prepared.traced, Span(number, span.start, span.end), rules, prefixes):
         return "turns_rewritten"
     if trained.startswith(generated.rstrip()):
         return "turns"  # and the end that the template gives a turn only when another follows
@@ -106,8 +104,7 @@ def check_conversation(renderer: Renderer, encoder: BatchEncoder, conversation: 
     """Check one conversation; count what was compared. Raises DataError, or RenderRefusal for one that is left out."""
     rendered = renderer.render(conversation)
     prepared = renderer.prepare(conversation)
-    traced = renderer.template.trace(prepared.messages, prepared.tools)
-    checked = _Checked(renderer, conversation, prepared, traced, rendered)
+    checked = _Checked(renderer, conversation, prepared, rendered)
     done: Counter[str] = Counter(conversations=1)
     _check_render(checked)
     prefixes = RenderedPrefixes(renderer.template, prepared.messages, prepared.tools)

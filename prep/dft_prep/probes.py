@@ -78,9 +78,9 @@ class Learnt(NamedTuple):
     """It may render an earlier turn otherwise than it rendered it as the last."""
 
 
-def as_parts(content: str | None) -> Any:
-    """A content as the list of parts that some templates want."""
-    return None if content is None else [{"type": "text", "text": content}]
+def to_content(text: str | None, *, parts: bool) -> Any:
+    """A content as a template wants it: text, or a list of parts."""
+    return [{"type": "text", "text": text}] if parts and text is not None else text
 
 
 def text_of(content: Any) -> str:
@@ -127,15 +127,15 @@ class _Probe(NamedTuple):
     """A conversation, rendered; `spans` by the rules learnt so far."""
 
     messages: list[Message]
-    tools: Any
     traced: Traced
+    prefixes: RenderedPrefixes
 
     @property
     def roles(self) -> list[str]:
         return [message["role"] for message in self.messages]
 
-    def spans(self, template: ChatTemplate, rules: SpanRules) -> list[Span]:
-        return find_spans(self.traced, self.roles, rules, RenderedPrefixes(template, self.messages, self.tools))
+    def spans(self, rules: SpanRules) -> list[Span]:
+        return find_spans(self.traced, self.roles, rules, self.prefixes)
 
 
 class _Prober:
@@ -146,7 +146,7 @@ class _Prober:
         self.content_parts = content_parts
 
     def _content(self, text: str | None) -> Any:
-        return as_parts(text) if self.content_parts else text
+        return to_content(text, parts=self.content_parts)
 
     def user(self, text: str = _USER) -> dict[str, Any]:
         return {"role": "user", "content": self._content(text)}
@@ -181,9 +181,10 @@ class _Prober:
             marked = mark_messages(messages)
             for tools in (None, _TOOLS):
                 try:
-                    yield _Probe(marked, tools, self.template.trace(marked, tools))
+                    traced = self.template.trace(marked, tools)
                 except TemplateRefusal:
                     continue
+                yield _Probe(marked, traced, RenderedPrefixes(self.template, marked, tools))
 
     # What the template prints.
 
@@ -302,7 +303,7 @@ def learn(template: ChatTemplate, control_texts: tuple[str, ...], eos_token: str
         ),
         tagged=template.has_generation_tags,
     )
-    ends = _ends(template, probes, rules)
+    ends = _ends(prober, probes, rules)
     return Learnt(
         rules=msgspec.structs.replace(
             rules,
@@ -312,7 +313,7 @@ def learn(template: ChatTemplate, control_texts: tuple[str, ...], eos_token: str
         can=can,
         end_of_turn=ends.token(),
         prompts=prompts,
-        rewrites=_rewrites(template, probes, rules),
+        rewrites=_rewrites(probes, rules),
     )
 
 
@@ -348,12 +349,12 @@ class _Ends(NamedTuple):
         return next((token for token in (*self.last, *self.within) if token is not None), None)
 
 
-def _ends(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> _Ends:
+def _ends(prober: _Prober, probes: list[_Probe], rules: SpanRules) -> _Ends:
     ends = _Ends([], [])
-    refusal = "" if probes else _first_refusal(template)
+    refusal = "" if probes else _first_refusal(prober)
     for probe in probes:
         try:
-            spans = probe.spans(template, rules)
+            spans = probe.spans(rules)
         except MaskUnsure as error:
             refusal = refusal or str(error)
             continue
@@ -374,23 +375,21 @@ def _ends(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> _En
     return ends
 
 
-def _first_refusal(template: ChatTemplate) -> str:
-    prober = _make_prober(template)
+def _first_refusal(prober: _Prober) -> str:
     try:
-        template.render([prober.user(), prober.reply()])
+        prober.template.render([prober.user(), prober.reply()])
     except TemplateRefusal as error:
         return f"it refuses: {error}"
     return "it prints nothing"
 
 
-def _rewrites(template: ChatTemplate, probes: list[_Probe], rules: SpanRules) -> bool:
+def _rewrites(probes: list[_Probe], rules: SpanRules) -> bool:
     """Whether some probe's turn is rendered otherwise when it is not the last."""
     for probe in probes:
-        prefixes = RenderedPrefixes(template, probe.messages, probe.tools)
         try:
-            spans = find_spans(probe.traced, probe.roles, rules, prefixes)
+            spans = probe.spans(rules)
         except MaskUnsure:
             continue
-        if any(is_rewritten(probe.traced, span, rules, prefixes) for span in spans):
+        if any(is_rewritten(probe.traced, span, rules, probe.prefixes) for span in spans):
             return True
     return False

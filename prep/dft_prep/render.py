@@ -19,7 +19,7 @@ from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, ToolCall
 from dft_common.records import Message as GivenMessage
 from dft_prep.codes import CODES
-from dft_prep.probes import RenderedPrefixes, as_parts, learn, text_of, with_reasoning
+from dft_prep.probes import RenderedPrefixes, learn, text_of, to_content, with_reasoning
 from dft_prep.sandbox import WATCH, RenderLimit
 from dft_prep.spans import MaskUnsure, Span, ends_in_token, find_spans, is_rewritten
 from dft_prep.stand_ins import ControlTexts, StandIns
@@ -80,11 +80,12 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prepared(NamedTuple):
-    """A conversation as the template gets it."""
+    """A conversation as the template gets it, and its trace."""
 
     messages: list[Message]
     tools: list[Any] | None
     stand_ins: StandIns | None
+    traced: Traced
 
 
 class Renderer:
@@ -128,11 +129,12 @@ class Renderer:
         notes: Counter[str] = Counter()
         try:
             with WATCH.render():
-                prepared, traced = self._trace(conversation, notes)
+                prepared = self._prepare(conversation, notes)
+                traced = prepared.traced
                 roles = [message["role"] for message in prepared.messages]
                 prefixes = RenderedPrefixes(self.template, prepared.messages, prepared.tools)
                 spans = find_spans(traced, roles, self.rules, prefixes)
-                self._check_results(prepared, traced, spans)
+                self._check_results(prepared, spans)
                 trained = [span for span in spans if self._is_trained(conversation, span)]
                 self._note_turns(traced, trained, len(roles) - 1, prefixes, notes)
         except (TemplateRefusal, RenderLimit) as error:
@@ -141,7 +143,7 @@ class Renderer:
             raise RenderRefusal("mask_unsure", "$.messages", str(error)) from None
         if not trained:
             raise RenderRefusal("nothing_to_train", "$.messages", CODES["nothing_to_train"].meaning)
-        self._note_unprinted(conversation, prepared, traced, spans, notes)
+        self._note_unprinted(conversation, prepared, spans, notes)
         return Rendered(
             text=traced.text,
             spans=tuple(TrainedSpan(s.start, s.end, conversation.messages[s.message].weight) for s in trained),
@@ -153,23 +155,22 @@ class Renderer:
     def prepare(self, conversation: Conversation) -> Prepared:
         """The conversation as `render` gives it to the template."""
         with WATCH.render():
-            return self._trace(conversation, Counter())[0]
+            return self._prepare(conversation, Counter())
 
-    def _trace(self, conversation: Conversation, notes: Counter[str]) -> tuple[Prepared, Traced]:
+    def _prepare(self, conversation: Conversation, notes: Counter[str]) -> Prepared:
         messages, tools = self._template_messages(conversation, notes)
         if not self._holds_control_text(messages, tools):
             marked = mark_messages(messages)
-            return Prepared(marked, tools, None), self.template.trace(marked, tools)
+            return Prepared(marked, tools, None, self.template.trace(marked, tools))
         notes["control_token_in_text"] += 1
         wanted = self.template.render(messages, tools)
         # A template may look for a control token's text in a reply, as for the `</think>` that it splits at, and
         # find nothing where a stand-in is. What it looks for in replies is its own affair, and left to it.
         for in_replies in (self.control.texts, self._unsought):
             prepared = self._with_stand_ins(messages, tools, in_replies)
-            traced = self.template.trace(prepared.messages, prepared.tools)
             assert prepared.stand_ins is not None
-            if prepared.stand_ins.restore(traced.text) == wanted:
-                return prepared, traced
+            if prepared.stand_ins.restore(prepared.traced.text) == wanted:
+                return prepared
         raise MaskUnsure("the template prints something else because a message holds a control token's text")
 
     def _holds_control_text(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> bool:
@@ -203,7 +204,8 @@ class Renderer:
         for message in messages:
             stand_ins = replies if message["role"] == "assistant" else everywhere
             swapped.append({key: item if key == "role" else stand_ins.swap(item) for key, item in message.items()})
-        return Prepared(mark_messages(swapped), everywhere.swap(tools), everywhere)
+        marked, tools = mark_messages(swapped), everywhere.swap(tools)
+        return Prepared(marked, tools, everywhere, self.template.trace(marked, tools))
 
     def _template_messages(
         self, conversation: Conversation, notes: Counter[str]
@@ -248,7 +250,7 @@ class Renderer:
         out["content"] = self._content(out["content"])
         return out
 
-    def _check_results(self, prepared: Prepared, traced: Traced, spans: list[Span]) -> None:
+    def _check_results(self, prepared: Prepared, spans: list[Span]) -> None:
         """What is trained may not depend on what a tool answered: else the answer itself might be trained."""
         roles = [message["role"] for message in prepared.messages]
         if not self.rules.results_in_reply or "tool" not in roles:
@@ -256,14 +258,14 @@ class Renderer:
         others = [{**m, "content": self._content("0")} if m["role"] == "tool" else m for m in prepared.messages]
         other = RenderedPrefixes(self.template, mark_messages(others), prepared.tools)
         answered = self.template.trace(other.messages, prepared.tools)
-        texts = [traced.text[span.start : span.end] for span in spans]
+        texts = [prepared.traced.text[span.start : span.end] for span in spans]
         if texts != [answered.text[s.start : s.end] for s in find_spans(answered, roles, self.rules, other)]:
             raise MaskUnsure(
                 "the template prints a tool's result inside the assistant's turn, where it would be trained"
             )
 
     def _content(self, text: str | None) -> Any:
-        return as_parts(text) if self.can.content_parts else text
+        return to_content(text, parts=self.can.content_parts)
 
     def _prints(self, role: str) -> bool:
         """Whether the template prints such a turn at all: a short text may stand in another's by chance."""
@@ -287,9 +289,9 @@ class Renderer:
             notes["reply_without_end"] += 1
 
     def _note_unprinted(
-        self, conversation: Conversation, prepared: Prepared, traced: Traced, spans: list[Span], notes: Counter[str]
+        self, conversation: Conversation, prepared: Prepared, spans: list[Span], notes: Counter[str]
     ) -> None:
-        text = traced.text
+        text = prepared.traced.text
         replies = {span.message: span for span in spans}
         at = 0  # contents are mostly printed in order
         for number, (given, message) in enumerate(zip(conversation.messages, prepared.messages, strict=True)):

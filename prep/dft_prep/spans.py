@@ -161,7 +161,7 @@ def _start_after_neighbour(traced: Traced, before: Traced, message: int) -> int 
     text, prompted = traced.text, before.text
     neighbour = _neighbour(traced, before, message)
     if neighbour is None:
-        shared = without_open_tag(text[: common_length(prompted, text)]).rstrip()
+        shared = shared_beginning(prompted, text).rstrip()
         return _skip(text, len(shared), prompted[len(shared) :])
     there, here = neighbour
     tail = prompted[there.start :]
@@ -227,9 +227,14 @@ def _end_before_result(traced: Traced, span: Span, prefixes: Prefixes) -> Span:
     through = prefixes.through(span.message)
     if through is None or not through.startswith(traced.text[: span.start]):
         raise MaskUnsure("the template prints a tool's result inside the assistant's turn, where it would be trained")
-    length = common_length(through, traced.text)
-    shared = without_open_tag(through[span.start : length]) if length < len(through) else through[span.start :]
+    shared = _shared_part(through, traced.text, span.start)
     return span._replace(end=min(span.end, span.start + len(shared.rstrip())))
+
+
+def _shared_part(through: str, text: str, start: int) -> str:
+    """What the two have in common from `start` on: all that `through` has, or what ends outside a `<tag>`."""
+    shared = through[start : common_length(through, text)]
+    return shared if start + len(shared) == len(through) else without_open_tag(shared)
 
 
 def _untraced_span(text: str, number: int, rules: SpanRules, prefixes: Prefixes) -> Span:
@@ -238,10 +243,7 @@ def _untraced_span(text: str, number: int, rules: SpanRules, prefixes: Prefixes)
     start = _untraced_start(text, before.text, prefixes.content(number)) if before is not None else None
     if start is None or through is None or not through.startswith(text[:start]):
         raise MaskUnsure(f"the template does not print message {number} in a loop over the messages, and rewrites it")
-    shared = through[start : common_length(through, text)]
-    if len(shared) < len(through) - start:
-        shared = without_open_tag(shared)
-    end = start + len(shared.rstrip())
+    end = start + len(_shared_part(through, text, start).rstrip())
     # What ends the whole conversation stands behind the turn's own end.
     for closer in rules.closers:
         inner = text[start : end - len(closer)].rstrip()
@@ -254,7 +256,7 @@ def _untraced_start(text: str, prompted: str, content: str) -> int | None:
     if text.startswith(prompted):
         return len(prompted)
     # A prompt that opens more than the turn has (`<think>`): the reply's own text has to follow what they share.
-    start = len(without_open_tag(prompted[: common_length(prompted, text)]))
+    start = len(shared_beginning(prompted, text))
     content = content.strip()
     return start if content and text[start:].lstrip().startswith(content) else None
 
@@ -326,7 +328,7 @@ def is_rewritten(traced: Traced, span: Span, rules: SpanRules, prefixes: Prefixe
     before, through = prefixes.before(span.message), prefixes.through(span.message)
     if before is None or through is None:
         return False
-    given = without_open_tag(through[: common_length(before.text, through)])
+    given = shared_beginning(before.text, through)
     generated, trained = through[len(given) :].lstrip(), traced.text[span.start : span.end].lstrip()
     if not generated.startswith(trained):
         # Or it got an end that the last turn does not get.
@@ -366,8 +368,13 @@ def without_open_tag(text: str) -> str:
     return text[:opened] if opened >= 0 and ">" not in text[opened:] else text
 
 
+def shared_beginning(first: str, second: str) -> str:
+    """What the two begin with alike, never cut inside a `<tag>`."""
+    return without_open_tag(first[: common_length(first, second)])
+
+
 def common_header(prompt: str, turn: str) -> Header:
     """What `prompt` and `turn` begin with alike, never cut inside a `<tag>`."""
-    header = without_open_tag(turn[: common_length(prompt, turn)])
+    header = shared_beginning(prompt, turn)
     rest = prompt[len(header) :]
     return Header(header, bool(rest) and not rest.strip())

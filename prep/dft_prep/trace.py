@@ -226,14 +226,10 @@ def read_marks(parts: Sequence[str]) -> Traced:
     line = start = at = inside = 0
     message = -1  # whose turn of the innermost loop it is; -1 where it is not a message's
     for part in parts:
-        if part:
-            if part.__class__ is MarkedText:
-                return read_marks(_flat(parts))
-            at += len(part)
-            continue
         if part.__class__ is not Mark:
             if part.__class__ is MarkedText:
                 return read_marks(_flat(parts))
+            at += len(part)
             continue
         number = part._number  # pyright: ignore[reportAttributeAccessIssue]  # isinstance is too slow here
         if number >= _LOOP_END:
