@@ -80,6 +80,16 @@ OVERLONG = Flag(
 PACKING = Flag(name="packing", kind="bool", default=True, help="False: one conversation a pack.")
 SEED = Flag(name="seed", kind="int", default=42, minimum=0, help="Of the validation split and of the packs' order.")
 
+ERROR = Flag(
+    name="error",
+    kind="list",
+    default=(),
+    help="Codes of findings that leave a record out (`dft-prep explain` lists them).",
+)
+WARN = Flag(name="warn", kind="list", default=(), help="Codes of findings that are warnings.")
+IGNORE = Flag(name="ignore", kind="list", default=(), help="Codes of findings that are not reported.")
+
+SEVERITY_FLAGS = (ERROR, WARN, IGNORE)
 TOKENIZER_FLAGS = (TOKENIZER, CHAT_TEMPLATE, ADD_CHATML_TOKENS)
 RENDER_FLAGS = (TRAIN_ON, UNROLL_TURNS, CHAT_TEMPLATE_KWARGS, UNSUPPORTED_TOOLS, SPECIAL_TOKENS_IN_TEXT, TEMPLATE_DATE)
 PACK_FLAGS = (MAX_LENGTH, OVERLONG, PACKING, SEED)
@@ -96,6 +106,7 @@ BUILD_FLAGS = (
         default="quarantine",
         help="A bad record: write it to quarantine.jsonl and go on, or stop at the first.",
     ),
+    *SEVERITY_FLAGS,
     Flag(
         name="max_bad_fraction",
         kind="float",

@@ -46,7 +46,7 @@ from dft_prep.report import print_summary, write_report
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.stops import stop_warnings
 from dft_prep.units import plan_units
-from dft_prep.validate import Judged, judge
+from dft_prep.validate import Judge, Judged
 from dft_prep.work import UnitResult, WorkContext, part_path, part_quarantine_path
 from dft_prep.workspace import Workspace
 
@@ -166,8 +166,9 @@ def _sample(sources: Sequence[Source], planned: Sequence[PlannedUnit]) -> list[C
     sample: list[Conversation] = []
     for number in range(min(len(sources), _SAMPLED_SOURCES)):
         first = next((plan.unit for plan in planned if plan.source == number), None)
-        for raw in islice(UnitReader(first) if first is not None else (), _SAMPLED_PER_SOURCE):
-            judged = judge(raw, "")
+        if first is None:
+            continue
+        for judged in map(Judge("", first.reading), islice(UnitReader(first), _SAMPLED_PER_SOURCE)):
             if isinstance(judged, Judged):
                 sample.append(judged.conversation)
     return sample
@@ -219,6 +220,7 @@ def _run(
         encoding_key=recipe.encoding_key(),
         parts_dir=workspace.parts,
         stop_at_first=recipe.options.on_error == "stop",
+        severities=recipe.severities,
     )
     units = [plan.unit for plan in planned]
     results: dict[int, UnitResult] = {}

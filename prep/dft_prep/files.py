@@ -37,6 +37,21 @@ _KNOWN = {
 }
 
 
+class FileError(DataError):
+    """A file from which no record can be read. `code` is one of the scope `file` in `codes.CODES`."""
+
+    def __init__(self, code: str, message: str, *, remedy: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code
+
+    def __reduce__(self) -> tuple:
+        return _rebuild_file_error, (self.code, self.message, self.remedy)
+
+
+def _rebuild_file_error(code: str, message: str, remedy: str) -> FileError:
+    return FileError(code, message, remedy=remedy)
+
+
 class Truncated(Exception):
     """A compressed stream ends before its end, or is damaged. Says where, in words."""
 

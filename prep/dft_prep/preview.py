@@ -22,7 +22,7 @@ from dft_prep.segments import Decoder
 from dft_prep.show import Shown, print_json, print_text
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import plan_units
-from dft_prep.validate import Judged, judge
+from dft_prep.validate import Judge, Judged
 from dft_prep.work import refusal_finding
 
 
@@ -54,17 +54,19 @@ def _in_turn(streams: list[Iterator[Shown]]) -> Iterator[Shown]:
 def _shown(source: Source, encoder: BatchEncoder, decoder: Decoder, tokens: bool) -> Iterator[Shown]:
     for file in source.files:
         for unit in plan_units(file, source.name):
+            judge = Judge(file.shown, unit.reading)
             for raw in UnitReader(unit):
-                yield from _record(raw, file.shown, source.name, encoder, decoder, tokens)
+                yield from _record(raw, judge, source.name, encoder, decoder, tokens)
 
 
 def _record(
-    raw: RawRecord, shown: str, source: str, encoder: BatchEncoder, decoder: Decoder, tokens: bool
+    raw: RawRecord, judge: Judge, source: str, encoder: BatchEncoder, decoder: Decoder, tokens: bool
 ) -> Iterator[Shown]:
     """The rows of one record, or why it would be left out."""
+    shown = judge.shown
     where = f"{shown}, byte {raw.byte_offset:,}" if raw.byte_offset >= 0 else shown
     about = {"file": shown, "byte_offset": raw.byte_offset, "source": source}
-    judged = judge(raw, shown)
+    judged = judge(raw)
     try:
         rows = encoder.renderer.rows(judged.conversation) if isinstance(judged, Judged) else []
     except RenderRefusal as refusal:

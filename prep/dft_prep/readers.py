@@ -36,6 +36,16 @@ class RawRecord(msgspec.Struct, frozen=True, kw_only=True):
     """(code, message) of something wrong with the file at this place, rather than with a record."""
 
 
+class FileNote(msgspec.Struct, frozen=True, kw_only=True):
+    """Something odd about a file, which costs no record: a code of the scope `note`, at its first place in the unit."""
+
+    code: str
+    line: int
+    """As in `RawRecord`."""
+    byte_offset: int
+    message: str
+
+
 class UnitReader:
     """Iterates over the records of a unit. Blank lines are no records."""
 
@@ -43,6 +53,8 @@ class UnitReader:
         self.unit = unit
         self.lines = 0
         """Newlines passed so far: after the last record, all of the unit's."""
+        self.notes: list[FileNote] = []
+        """Complete when the last record was read; one a code."""
 
     def __iter__(self) -> Iterator[RawRecord]:
         if self.unit.kind == "parquet":

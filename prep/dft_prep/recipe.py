@@ -20,6 +20,7 @@ from dft_common.fingerprint import hash_bytes, hash_object
 from dft_common.flags import nearest
 from dft_common.schema import TokenDtype
 from dft_prep.render import CHATML, RenderOptions
+from dft_prep.severities import Severities, parse_severities
 from dft_prep.tokenizer_files import CHATML_TOKENS, TokenizerFiles, load_tokenizer
 
 ENCODING_VERSION = 2
@@ -48,6 +49,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens_in_text: Literal["encode", "quarantine", "error"] = "encode"
     template_date: str | None = None
     on_error: Literal["quarantine", "stop"] = "quarantine"
+    error: tuple[str, ...] = ()
+    warn: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     max_bad_fraction: float = 0.01
     max_bad_records: int = 10
     deduplicate: bool = True
@@ -164,6 +168,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def severities(self) -> Severities:
+        return parse_severities(self.options.error, self.options.warn, self.options.ignore)
+
+    @property
     def shard_bytes(self) -> int:
         return parse_size(self.options.shard_size, "shard_size")
 
@@ -173,6 +181,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         recipe: dict[str, Any] = {
             "sources": sources,
             "chat_template": self.template.fingerprint,
+            "severities": dict(sorted(self.severities.changed.items())),
             "train_on": options.train_on,
             "unroll_turns": options.unroll_turns,
             "chat_template_kwargs": parse_template_kwargs(options.chat_template_kwargs),
@@ -219,6 +228,7 @@ def make_recipe(options: BuildOptions, date: datetime.date) -> Recipe:
     tokenizer, template = prepare_tokenizer(options.tokenizer, options.chat_template, options.add_chatml_tokens)
     check_vocabulary(tokenizer, options.token_dtype)
     parse_size(options.shard_size, "shard_size")
+    parse_severities(options.error, options.warn, options.ignore)
     return Recipe(
         options=options,
         tokenizer=tokenizer,

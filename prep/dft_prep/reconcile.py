@@ -28,6 +28,7 @@ from dft_prep.converters import (
     to_weight,
     type_name,
 )
+from dft_prep.reading import AS_FOUND, Reading
 
 _WEIGHT_KEYS = ("weight", "train", "loss_weight")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -43,10 +44,17 @@ class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
     conversation: Conversation
     ignored: tuple[str, ...]
     """Fields that were not understood, such as `meta` or `messages[].timestamp`."""
+    format: str = "openai"
+
+    def place(self, message_index: int, part: str) -> str:
+        """The JSON path, in the record as its author wrote it, of a part of a message (or, with -1, of the whole)."""
+        path = "$" if message_index < 0 else f"$.messages[{message_index}]"
+        return f"{path}.{part}" if part else path
 
 
-def reconcile(record: Any) -> Reconciled:
+def reconcile(record: Any, reading: Reading = AS_FOUND) -> Reconciled:
     """The canonical conversation of `record`. Raises RecordError."""
+    del reading
     if not isinstance(record, dict):
         raise RecordError("not_an_object", "$", f"got {type_name(record)}, expected an object", "one object a record")
     ignored: dict[str, None] = {}

@@ -16,25 +16,8 @@ from dft_common.errors import printable
 from dft_common.manifest import Counts, Manifest, encode_json
 from dft_common.packs import PackIndexInfo
 from dft_common.schema import QUARANTINE_NAME, REPORT_NAME
+from dft_prep.codes import CODES
 from dft_prep.progress import duration
-
-WARNINGS = {
-    "tool_calls_as_text": "tool calls became their turn's text: the template does not print calls",
-    "tools_not_printed": "a list of tools is not printed by the template: the model never sees it",
-    "tool_not_printed": "a tool's result is not printed by the template: the model never sees it",
-    "system_not_printed": "a system turn is not printed by the template as given",
-    "developer_not_printed": "a developer turn is not printed by the template as given",
-    "user_not_printed": "a user turn is not printed by the template as given",
-    "reasoning_not_printed": "reasoning is not printed by the template: it is not trained",
-    "name_not_printed": "a name is not printed by the template: the model never sees it",
-    "history_rewritten": "an earlier reply is printed otherwise than it was as the last (reasoning removed, say): "
-    "trained as it stands; --train_on last or --unroll_turns True trains replies as they were generated",
-    "reply_without_end": "a reply ends in no end-of-turn token: it does not teach to stop",
-    "reply_rewritten": "a reply is not printed by the template as given (it trims or rewrites it)",
-    "control_token_in_text": "a message holds a control token's text: it was encoded as plain text",
-    "no_reply_at_end": "ends with a turn that nobody answers: that turn is context only",
-    "empty_reply": "an assistant turn is empty: only its end is trained",
-}
 
 
 def _percent(part: int, whole: int) -> str:
@@ -74,7 +57,7 @@ def summary_lines(manifest: Manifest, indexes: Sequence[PackIndexInfo]) -> list[
         index = next(index for index in indexes if index.split == split)
         lines.append(f"  {split}: {info.rows:,} conversations, {info.tokens:,} tokens, {_describe_packs(index)}")
         lines += _lost_lines(index)
-    lines += [f"  note: {number:,} x {WARNINGS.get(code, code)}" for code, number in manifest.warnings.items()]
+    lines += [f"  note: {number:,} x {CODES[code].meaning}" for code, number in manifest.warnings.items()]
     return lines
 
 

@@ -12,6 +12,7 @@ import xxhash
 from dft_common.fingerprint import HASH_CHUNK
 from dft_common.logs import get_logger
 from dft_prep.files import Compression, Kind, open_raw, sniff
+from dft_prep.reading import AS_FOUND, Reading
 from dft_prep.sources import SourceFile
 
 UNIT_BYTES = 8 << 20
@@ -27,6 +28,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     end: int
     """-1: to the file's end."""
+    reading: Reading = AS_FOUND
 
     @property
     def size(self) -> int:

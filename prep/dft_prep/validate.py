@@ -13,10 +13,13 @@ from typing import Any
 import msgspec
 
 from dft_common.records import Conversation, Finding
-from dft_prep.codes import CODES
+from dft_prep.codes import CODES, Severity
 from dft_prep.converters import RecordError
 from dft_prep.readers import RawRecord
-from dft_prep.reconcile import reconcile
+from dft_prep.reading import AS_FOUND, Reading
+from dft_prep.reconcile import Reconciled, reconcile
+from dft_prep.rules import find_oddities
+from dft_prep.severities import AS_CODED, Severities
 
 _decode = msgspec.json.Decoder().decode
 
@@ -25,9 +28,11 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     """A good record."""
 
     conversation: Conversation
+    format: str
+    """Its name in `formats.FORMATS`."""
     ignored: tuple[str, ...]
     notes: tuple[Finding, ...]
-    """Warnings that do not leave it out."""
+    """Warnings and infos: they do not leave it out."""
 
 
 class _Illegal(Exception):
@@ -39,30 +44,52 @@ class _Illegal(Exception):
         self.help = help or CODES[code].remedy
 
 
-def judge(raw: RawRecord, shown: str) -> Judged | Finding:
-    """Judge one record of the file that findings call `shown`."""
-    if raw.problem is not None:
-        code, message = raw.problem
-        return record_finding(raw, shown, code, "$", message)
-    exact = True
-    try:
-        value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        exact = False
+class Judge:
+    """Judges the records of one unit."""
+
+    def __init__(self, shown: str, reading: Reading = AS_FOUND, severities: Severities = AS_CODED) -> None:
+        """shown: what findings call the file."""
+        self.shown, self.reading, self.severities = shown, reading, severities
+
+    def __call__(self, raw: RawRecord) -> Judged | Finding:
+        if raw.problem is not None:
+            code, message = raw.problem
+            return record_finding(raw, self.shown, code, "$", message)
+        exact = True
         try:
-            value = _by_the_standard(raw)
-        except _Illegal as error:
-            return _illegal(raw, shown, error)
-    try:
-        reconciled = reconcile(value)
-        if not exact or isinstance(raw.data, dict):
-            _refuse_unwritable(reconciled.conversation)
-    except RecordError as error:
-        return record_finding(raw, shown, error.code, error.path, error.message, error.help)
-    except RecursionError:
-        return record_finding(raw, shown, "too_deep", "$", "nested too deep")
-    conversation = reconciled.conversation
-    return Judged(conversation=conversation, ignored=reconciled.ignored, notes=_notes(conversation, raw, shown))
+            value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            exact = False
+            try:
+                value = _by_the_standard(raw)
+            except _Illegal as error:
+                return _illegal(raw, self.shown, error)
+        try:
+            reconciled = reconcile(value, self.reading)
+            if not exact or isinstance(raw.data, dict):
+                _refuse_unwritable(reconciled.conversation)
+        except RecordError as error:
+            return record_finding(raw, self.shown, error.code, error.path, error.message, error.help)
+        except RecursionError:
+            return record_finding(raw, self.shown, "too_deep", "$", "nested too deep")
+        return self._by_the_rules(reconciled, raw)
+
+    def _by_the_rules(self, reconciled: Reconciled, raw: RawRecord) -> Judged | Finding:
+        """Good, with what is odd about it; or the first oddity that the recipe calls an error."""
+        notes = []
+        for odd in find_oddities(reconciled.conversation, raw.data if isinstance(raw.data, bytes) else None):
+            severity = self.severities.of(odd.code)
+            if severity != "ignore":
+                path = reconciled.place(odd.message_index, odd.part)
+                notes.append(record_finding(raw, self.shown, odd.code, path, odd.found, odd.help, severity=severity))
+        if bad := next((note for note in notes if note.severity == "error"), None):
+            return bad
+        return Judged(
+            conversation=reconciled.conversation,
+            format=reconciled.format,
+            ignored=reconciled.ignored,
+            notes=tuple(notes),
+        )
 
 
 def _by_the_standard(raw: RawRecord) -> Any:
@@ -133,32 +160,24 @@ def _refuse_surrogates(value: Any, path: str) -> None:
         raise RecordError("lone_surrogate", path, found, "repair the escape") from None
 
 
-def _notes(conversation: Conversation, raw: RawRecord, shown: str) -> tuple[Finding, ...]:
-    messages = conversation.messages
-    if messages[-1].role == "assistant" and all(message.content != "" for message in messages):
-        return ()
-    notes = []
-    if messages[-1].role != "assistant":
-        path = f"$.messages[{len(messages) - 1}]"
-        notes.append(record_finding(raw, shown, "no_reply_at_end", path, f"ends with a {messages[-1].role} turn"))
-    for number, message in enumerate(messages):
-        empty = message.content == "" and not message.tool_calls and message.reasoning is None
-        if message.role == "assistant" and empty:
-            notes.append(
-                record_finding(raw, shown, "empty_reply", f"$.messages[{number}].content", "the reply is empty")
-            )
-    return tuple(notes)
-
-
-def record_finding(raw: RawRecord, shown: str, code: str, path: str, message: str, help: str = "") -> Finding:
-    """What is wrong with a record as a whole; `help` defaults to its code's remedy."""
+def record_finding(
+    raw: RawRecord,
+    shown: str,
+    code: str,
+    path: str,
+    message: str,
+    help: str = "",
+    *,
+    severity: Severity | None = None,
+) -> Finding:
+    """What is wrong with a record as a whole; `help` and `severity` default to its code's."""
     return Finding(
         file=shown,
         line=raw.line,
         column=1,
         byte_offset=raw.byte_offset,
         code=code,
-        severity=CODES[code].severity,
+        severity=severity or CODES[code].severity,
         path=path,
         message=message,
         help=help or CODES[code].remedy,

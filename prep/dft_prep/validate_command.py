@@ -26,7 +26,7 @@ from dft_prep.recipe import parse_date, parse_template_kwargs, prepare_tokenizer
 from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import Unit, plan_units
-from dft_prep.validate import judge
+from dft_prep.validate import Judge, record_finding
 from dft_prep.work import refusal_finding
 
 _BATCH_ROWS = 200
@@ -101,7 +101,7 @@ class _Encoding:
         for (_, raw, shown), length in zip(self.waiting, lengths, strict=True):
             if self.max_length is not None and length > self.max_length:
                 message = f"{length:,} tokens, --max_length is {self.max_length:,}"
-                yield refusal_finding(RenderRefusal("overlong", "$.messages", message), raw, shown)
+                yield record_finding(raw, shown, "overlong", "$.messages", message)
         self.waiting.clear()
 
 
@@ -153,10 +153,11 @@ def _unit_findings(
     progress: Progress,
 ) -> Iterator[Finding]:
     before = summary.records
+    judge = Judge(unit.file.shown, unit.reading)
     for record in reader:
         raw = msgspec.structs.replace(record, line=record.line + lines) if lines else record
         summary.records += 1
-        judged = judge(raw, unit.file.shown)
+        judged = judge(raw)
         if isinstance(judged, Finding):
             yield judged
             continue

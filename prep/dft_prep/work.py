@@ -28,10 +28,11 @@ from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
 from dft_prep.rows import Rows
 from dft_prep.sandbox import WATCH
+from dft_prep.severities import Severities
 from dft_prep.split import KEY_DTYPE, conversation_key
 from dft_prep.tokenizer_files import TokenizerFiles
 from dft_prep.units import Unit, unit_fingerprint
-from dft_prep.validate import judge, quarantine_line, record_finding
+from dft_prep.validate import Judge, quarantine_line, record_finding
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
@@ -49,6 +50,7 @@ class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
     encoding_key: str
     parts_dir: Path
     stop_at_first: bool
+    severities: Severities
 
 
 class PartInfo(msgspec.Struct, kw_only=True):
@@ -161,7 +163,15 @@ class Worker:
     def part_key(self, unit: Unit, fingerprint: str) -> str:
         context = self.context
         # The start too: findings hold byte offsets.
-        made_by = [context.encoding_key, context.encoder, unit.kind, unit.start, fingerprint]
+        made_by = [
+            context.encoding_key,
+            context.encoder,
+            unit.kind,
+            unit.start,
+            fingerprint,
+            msgspec.to_builtins(unit.reading),
+            sorted(context.severities.changed.items()),
+        ]
         return hash_object(made_by)
 
     def run(self, unit: Unit) -> UnitResult:
@@ -177,10 +187,11 @@ class Worker:
         part = _Part(self, key)
         try:
             reader = UnitReader(unit)
+            judge = Judge(unit.file.shown, unit.reading, self.context.severities)
             with WATCH.on():
                 for raw in reader:
                     part.info.read += 1
-                    self._one(part, raw, unit.file.shown)
+                    self._one(part, raw, judge)
             info = part.close(reader.lines)
         except BaseException:
             part.abandon()
@@ -188,8 +199,8 @@ class Worker:
         write_atomically(info_path, msgspec.json.encode(info))
         return UnitResult(key=key, fingerprint=fingerprint, info=info)
 
-    def _one(self, part: _Part, raw: RawRecord, shown: str) -> None:
-        judged = judge(raw, shown)
+    def _one(self, part: _Part, raw: RawRecord, judge: Judge) -> None:
+        judged = judge(raw)
         if isinstance(judged, Finding):
             self._leave_out(part, raw, judged)
             return
@@ -198,7 +209,7 @@ class Worker:
         try:
             rows = self.renderer.rows(judged.conversation)
         except RenderRefusal as refusal:
-            self._leave_out(part, raw, refusal_finding(refusal, raw, shown))
+            self._leave_out(part, raw, refusal_finding(refusal, raw, judge.shown))
             return
         part.notes.update({note for rendered in rows for note in rendered.notes})
         key = conversation_key(judged.conversation)
@@ -220,4 +231,4 @@ class Worker:
 
 def refusal_finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
     """A refusal of template or mask as a finding about the record."""
-    return record_finding(raw, shown, refusal.code, refusal.path, refusal.message)
+    return record_finding(raw, shown, refusal.code, refusal.path, refusal.message, severity="error")

@@ -11,7 +11,7 @@ import pytest
 from dft_prep.readers import UnitReader
 from dft_prep.sources import resolve_sources
 from dft_prep.units import plan_units
-from dft_prep.validate import Judged, judge
+from dft_prep.validate import Judge, Judged
 
 SOURCES = Path(__file__).resolve().parents[3] / "shared" / "sources"
 FILES = sorted(path for path in SOURCES.glob("*.json*") if path.is_file()) if SOURCES.is_dir() else []
@@ -50,7 +50,7 @@ def test_every_record_is_taken_with_each_reply_verbatim(path):
     for raw, record in zip(raws, expected, strict=True):
         assert isinstance(raw.data, bytes)
         assert data[raw.byte_offset :].startswith(raw.data)
-        judged = judge(raw, path.name)
+        judged = Judge(path.name)(raw)
         assert isinstance(judged, Judged), judged
         said = [
             message.content if message.content is not None else message.tool_calls[0].verbatim if text else ""

@@ -15,7 +15,7 @@ from dft_prep.findings import Summary, as_github, as_json, as_text, summary_text
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.sources import resolve_sources
 from dft_prep.units import plan_units
-from dft_prep.validate import Judged, judge, quarantine_line
+from dft_prep.validate import Judge, Judged, quarantine_line
 
 HEAD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
 GOOD = HEAD + b"}"
@@ -27,7 +27,7 @@ def with_meta(text: bytes) -> bytes:
 
 
 def look(data, **fields) -> Judged | Finding:
-    return judge(RawRecord(line=7, byte_offset=100, data=data, **fields), "a.jsonl")
+    return Judge("a.jsonl")(RawRecord(line=7, byte_offset=100, data=data, **fields))
 
 
 LEGAL = {
@@ -219,7 +219,7 @@ def test_mutated_bytes_never_raise_and_can_be_taken_back_from_the_quarantine(jun
 def test_a_parquet_row_in_the_quarantine_is_json_text():
     row = {"messages": None, "x": b"\xff", "n": math.nan}
     raw = RawRecord(line=3, byte_offset=-1, data=row)
-    finding = judge(raw, "a.parquet")
+    finding = Judge("a.parquet")(raw)
     assert isinstance(finding, Finding)
     assert json.loads(json.loads(quarantine_line(finding, raw))["raw"])["messages"] is None
 
@@ -229,7 +229,7 @@ def test_a_raw_record_is_only_judged_never_changed(tmp_path):
     path.write_bytes(GOOD + b"\r\n" + b"oops\r\n" + GOOD)
     (source,) = resolve_sources([str(path)])
     (unit,) = plan_units(source.files[0], "a")
-    judged = [judge(raw, "a.jsonl") for raw in UnitReader(unit)]
+    judged = list(map(Judge("a.jsonl"), UnitReader(unit)))
     assert [isinstance(each, Judged) for each in judged] == [True, False, True]
     assert isinstance(judged[1], Finding)
     assert (judged[1].line, judged[1].byte_offset) == (2, len(GOOD) + 2)
