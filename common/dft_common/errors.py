@@ -17,8 +17,9 @@ EXIT_BAD_DATA = 1
 EXIT_BAD_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# C0 and C1 controls but newline and tab, and the Unicode bidi overrides: untrusted text may carry terminal escapes.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 controls but newline and tab, and the Unicode bidi overrides: untrusted text may carry terminal escapes. And
+# half surrogate pairs, which no output can take.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class DftError(Exception):

@@ -25,7 +25,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The whole call as the source wrote it, where the source wrote it as text (ShareGPT's `function_call`)."""
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """One turn. `content` is None only for an assistant turn that calls tools and says nothing."""
 
     role: Role

@@ -11,22 +11,21 @@ import errno
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.logs import get_logger
-from dft_common.manifest import Manifest, TemplateInfo, read_manifest
+from dft_common.manifest import Manifest, read_manifest
 from dft_common.packs import PackIndexInfo
-from dft_common.records import Conversation
+from dft_common.records import Finding
 from dft_common.schema import MANIFEST_NAME, PACKS_DIR, QUARANTINE_NAME, SPLITS, TOKENIZER_DIR
 from dft_prep.assemble import AssembleOptions, PartOfSource, assemble
-from dft_prep.checks import self_check
 from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import EncoderMismatch, ReferenceEncoder, choose_encoder
+from dft_prep.encoders import EncoderMismatch, ReferenceEncoder
 from dft_prep.engine import default_workers, fingerprint_units, run_units
+from dft_prep.learn import learn, sample
 from dft_prep.outcome import (
     Learnt,
     PlannedUnit,
@@ -34,24 +33,19 @@ from dft_prep.outcome import (
     describe,
     make_manifest,
     recipe_fingerprint,
+    reconcile_sources,
     total,
     what_changed,
 )
 from dft_prep.pack import PackOptions, pack_split
 from dft_prep.progress import Progress
-from dft_prep.readers import UnitReader
 from dft_prep.recipe import BuildOptions, Recipe, make_recipe, parse_date
-from dft_prep.render import Renderer
 from dft_prep.report import print_summary, write_report
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.stops import stop_warnings
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged
-from dft_prep.work import UnitResult, WorkContext, part_path, part_quarantine_path
+from dft_prep.units import Unit, lines_before, plan_units
+from dft_prep.work import EncodeJob, UnitResult, Worker, part_path, part_quarantine_path, work_context
 from dft_prep.workspace import Workspace
-
-_SAMPLED_PER_SOURCE = 20
-_SAMPLED_SOURCES = 20
 
 
 def build(options: BuildOptions) -> Path:
@@ -68,7 +62,7 @@ def build(options: BuildOptions) -> Path:
             PlannedUnit(unit=unit, source=number, file=at)
             for number, source in enumerate(sources)
             for at, file in enumerate(source.files)
-            for unit in plan_units(file, source.name)
+            for unit in plan_units(file, source.name, source.reading)
         ]
         workers = options.preprocessing_num_workers or default_workers()
         if existing is not None and _up_to_date(recipe, sources, planned, existing, workers):
@@ -104,7 +98,8 @@ def _build(
     _write_quarantine(workspace, planned, results)
     _refuse_bad_sources(sources, parts, options, workspace)
     assembled = assemble(sources, parts, workspace.new, _assemble_options(recipe))
-    manifest = make_manifest(recipe, sources, planned, results, learnt, assembled)
+    reconciled = reconcile_sources(sources, planned, results)
+    manifest = make_manifest(recipe, sources, planned, results, learnt, reconciled, assembled)
     assert_counts(manifest.counts)
     pack_options = PackOptions(
         max_length=options.max_length, overlong=options.overlong, packing=options.packing, seed=options.seed
@@ -118,9 +113,9 @@ def _build(
     recipe.tokenizer.save(workspace.new / TOKENIZER_DIR, recipe.template.source)
     seconds = time.monotonic() - started
     resumed = _found_finished(results, workspace)
-    write_report(workspace.new, manifest, indexes, seconds=seconds, workers=workers, units_found=resumed)
+    write_report(workspace.new, manifest, indexes, reconciled, seconds=seconds, workers=workers, units_found=resumed)
     workspace.publish(manifest)
-    print_summary(workspace.output_dir, manifest, indexes, seconds)
+    print_summary(workspace.output_dir, manifest, indexes, reconciled, seconds)
     _warn(recipe, learnt, indexes)
 
 
@@ -161,44 +156,13 @@ def _up_to_date(
     return False
 
 
-def _sample(sources: Sequence[Source], planned: Sequence[PlannedUnit]) -> list[Conversation]:
-    """The first good conversations of each source."""
-    sample: list[Conversation] = []
-    for number in range(min(len(sources), _SAMPLED_SOURCES)):
-        first = next((plan.unit for plan in planned if plan.source == number), None)
-        if first is None:
-            continue
-        for judged in map(Judge("", first.reading), islice(UnitReader(first), _SAMPLED_PER_SOURCE)):
-            if isinstance(judged, Judged):
-                sample.append(judged.conversation)
-    return sample
-
-
-def learn(recipe: Recipe, sample: Sequence[Conversation], wanted_encoder: str) -> tuple[BatchEncoder, TemplateInfo]:
-    """Choose the encoder and check template and tokenizer on probes and on `sample`. Raises DataError."""
-    renderer = Renderer(recipe.template.source, recipe.tokenizer, recipe.date, recipe.render_options)
-    reference = ReferenceEncoder(recipe.tokenizer)
-    texts = [message.content or "" for conversation in sample for message in conversation.messages]
-    engine = choose_encoder(wanted_encoder, recipe.tokenizer, reference, texts)
-    encoder = BatchEncoder(renderer, recipe.tokenizer, engine, reference)
-    checks = self_check(renderer, encoder, sample)
-    template = TemplateInfo(
-        fingerprint=recipe.template.fingerprint,
-        origin=recipe.template.origin,
-        end_of_turn=renderer.end_of_turn,
-        generation_prompt=renderer.prompts[0] if renderer.prompts else "",
-        checks=checks,
-    )
-    return encoder, template
-
-
 def _encode(
     recipe: Recipe, sources: Sequence[Source], planned: Sequence[PlannedUnit], workspace: Workspace, workers: int
 ) -> tuple[Learnt, list[UnitResult]]:
-    sample = _sample(sources, planned)
+    conversations = sample([plan.unit for plan in planned])
     wanted = recipe.options.encoder
     while True:
-        encoder, template = learn(recipe, sample, wanted)
+        encoder, template = learn(recipe, conversations, wanted)
         try:
             learnt = Learnt(encoder=encoder.encoder.name, template=template)
             return learnt, _run(recipe, planned, encoder, workspace, workers)
@@ -210,27 +174,39 @@ def _encode(
 def _run(
     recipe: Recipe, planned: Sequence[PlannedUnit], encoder: BatchEncoder, workspace: Workspace, workers: int
 ) -> list[UnitResult]:
-    context = WorkContext(
-        tokenizer=recipe.tokenizer,
-        template_source=recipe.template.source,
-        date=recipe.date,
-        render_options=recipe.render_options,
-        encoder=encoder.encoder.name,
-        token_dtype=recipe.options.token_dtype,
-        encoding_key=recipe.encoding_key(),
-        parts_dir=workspace.parts,
-        stop_at_first=recipe.options.on_error == "stop",
-        severities=recipe.severities,
-    )
+    context = work_context(recipe, encoder.encoder.name, workspace.parts)
     units = [plan.unit for plan in planned]
     results: dict[int, UnitResult] = {}
+    stopped: dict[int, Finding] = {}
+    run = run_units(
+        units,
+        EncodeJob(context),
+        workers,
+        work=Worker(context, encoder).run,
+        in_order=context.stop_at_first,
+        enough=lambda: bool(stopped),
+    )
     with Progress(sum(unit.size for unit in units)) as progress:
-        for number, result in run_units(units, context, encoder, workers):
+        for number, result in run:
+            if isinstance(result, Finding):
+                stopped[number] = result
+                continue
             results[number] = result
             progress.advance(units[number].size, result.info.read, result.info.tokens)
+    if stopped:
+        first = min(stopped)
+        raise _stopped_by(stopped[first], units[first])
     if found := _found_finished(results.values(), workspace):
         get_logger().info("going on: %d of %d work units were finished already", found, len(units))
     return [results[number] for number in range(len(units))]
+
+
+def _stopped_by(finding: Finding, unit: Unit) -> DataError:
+    line = finding.line + lines_before(unit)
+    return DataError(
+        f"{finding.file}:{line}:{finding.column}: {finding.code} {finding.path}: {finding.message} (--on_error stop)",
+        remedy=f"{finding.help}, or use --on_error quarantine" if finding.help else "use --on_error quarantine",
+    )
 
 
 def _found_finished(results: Iterable[UnitResult], workspace: Workspace) -> int:

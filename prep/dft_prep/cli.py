@@ -1,4 +1,4 @@
-"""The command line of stage 1: `dft-prep build | validate | preview | inspect | verify | pack`.
+"""The command line of stage 1: `dft-prep build | validate | explain | preview | inspect | verify | pack`.
 
 Flags are parsed here; each command's own module is imported only when it runs, so that `--help` is quick.
 """
@@ -88,6 +88,12 @@ def _validate(**values: Any) -> int:
     return run_validate(ValidateOptions(**values))
 
 
+def _explain(code: str | None) -> None:
+    from dft_prep.explain import explain
+
+    click.echo(explain(code))
+
+
 def _dataset_argument() -> click.Argument:
     return click.Argument(["dataset_dir"], metavar="OUT")
 
@@ -102,10 +108,18 @@ _VALIDATE_FLAGS = (
     *build_flags.TOKENIZER_FLAGS,
     *build_flags.RENDER_FLAGS,
     Flag(name="max_length", kind="int", minimum=2, help="With a tokenizer: report conversations longer than this."),
-    Flag(name="format", choices=("text", "json", "github"), default="text", help="Of the findings."),
+    *build_flags.SEVERITY_FLAGS,
+    Flag(name="baseline", help="An earlier json, jsonl or sarif output: its findings are let through, new ones fail."),
+    Flag(
+        name="format",
+        choices=("text", "json", "jsonl", "github", "sarif", "junit"),
+        default="text",
+        help="Of the findings.",
+    ),
     Flag(name="output", help="File for the findings. Default: stdout."),
     Flag(name="max_errors", kind="int", default=100, minimum=0, help="Findings shown; after that only counts."),
     Flag(name="strict", kind="bool", default=False, help="A warning fails too."),
+    build_flags.WORKERS,
 )
 _HOW_SHOWN = (
     "On a terminal trained text is green, context dim, control tokens bold. Without colours (not a terminal, or "
@@ -144,6 +158,9 @@ _COMMANDS = (
                 help="Build a dataset: read, render, mask, encode, deduplicate, split, pack."),
     FlagCommand("validate", _validate, _VALIDATE_FLAGS, short_help="Report every bad record.",
                 help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error."),
+    FlagCommand("explain", _explain, (), arguments=[click.Argument(["code"], required=False)],
+                short_help="Say what a finding's code means.",
+                help="Say what CODE means, with an example and how to repair it; without CODE, list them all."),
     FlagCommand("preview", _preview, _PREVIEW_FLAGS, short_help="Show what would be trained.",
                 help=f"Show the rendered text, trained tokens against context, before any build.\n\n{_HOW_SHOWN}"),
     FlagCommand("inspect", _inspect, _INSPECT_FLAGS, arguments=[_dataset_argument()],

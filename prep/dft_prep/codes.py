@@ -1,7 +1,6 @@
-"""Every code that a finding may have: what it means, an example, how to repair it. The one source of docs/codes.md.
+"""Every code that a finding may have: how grave it is, what it means, what to do. `examples` has one of each.
 
-Used by `validate` and `rules` (severities, remedies), `report` (what a build's notes mean), `explain` and the test that
-holds docs/codes.md to it.
+Used by `validate` and `severities`, by `report` (what a build's notes mean), and by `explain`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ Severity = Literal["error", "warning", "info"]
 Scope = Literal["file", "note", "record", "rule", "template"]
 """What a code is about.
 
-file: a file as a whole, which no record can be read from. note: a file that can be read, and has something odd.
+file: a file as a whole, which no record can be read from. note: something odd that is no reason to leave a record out.
 record: a record that is not JSON, or no conversation. rule: a conversation, whose severity a recipe may set.
 template: what a chat template or tokenizer makes of a conversation; only its warnings and infos may be set.
 """
@@ -26,10 +25,6 @@ class Code(msgspec.Struct, frozen=True, kw_only=True):
     scope: Scope
     meaning: str
     remedy: str
-    example: str = ""
-    """What has it: one record as it stands in a file, or words where it is no text (a file's kind, a template's)."""
-    repaired: str = ""
-    """The same without it."""
 
     def may_be(self, severity: Severity | Literal["ignore"]) -> bool:
         """Whether a recipe may set this severity. What cannot be read or rendered stays an error."""
@@ -37,28 +32,27 @@ class Code(msgspec.Struct, frozen=True, kw_only=True):
             return True
         if self.severity == "error":
             return False
-        # A note is about a file: there is no record that an error could leave out.
         return severity != "error" or self.scope == "template"
 
 
-def _file(meaning: str, remedy: str, example: str = "", repaired: str = "") -> Code:
-    return Code(severity="error", scope="file", meaning=meaning, remedy=remedy, example=example, repaired=repaired)
+def _file(meaning: str, remedy: str) -> Code:
+    return Code(severity="error", scope="file", meaning=meaning, remedy=remedy)
 
 
-def _note(severity: Severity, meaning: str, remedy: str, example: str = "", repaired: str = "") -> Code:
-    return Code(severity=severity, scope="note", meaning=meaning, remedy=remedy, example=example, repaired=repaired)
+def _note(severity: Severity, meaning: str, remedy: str) -> Code:
+    return Code(severity=severity, scope="note", meaning=meaning, remedy=remedy)
 
 
-def _record(meaning: str, remedy: str, example: str = "", repaired: str = "") -> Code:
-    return Code(severity="error", scope="record", meaning=meaning, remedy=remedy, example=example, repaired=repaired)
+def _record(meaning: str, remedy: str) -> Code:
+    return Code(severity="error", scope="record", meaning=meaning, remedy=remedy)
 
 
-def _rule(severity: Severity, meaning: str, remedy: str, example: str = "", repaired: str = "") -> Code:
-    return Code(severity=severity, scope="rule", meaning=meaning, remedy=remedy, example=example, repaired=repaired)
+def _rule(severity: Severity, meaning: str, remedy: str) -> Code:
+    return Code(severity=severity, scope="rule", meaning=meaning, remedy=remedy)
 
 
-def _template(severity: Severity, meaning: str, remedy: str, example: str = "", repaired: str = "") -> Code:
-    return Code(severity=severity, scope="template", meaning=meaning, remedy=remedy, example=example, repaired=repaired)
+def _template(severity: Severity, meaning: str, remedy: str) -> Code:
+    return Code(severity=severity, scope="template", meaning=meaning, remedy=remedy)
 
 
 CODES: dict[str, Code] = {
@@ -211,19 +205,3 @@ CODES: dict[str, Code] = {
         "Use --train_on last or --unroll_turns True to train replies as they were generated.",
     ),
 }
-
-
-def codes_markdown() -> str:
-    """The text of docs/codes.md."""
-    lines = [
-        "# Codes of findings",
-        "",
-        "What `dft-prep validate` reports and `quarantine.jsonl` holds. An error leaves the record out of the dataset;",
-        "a warning does not. Codes do not change from version to version.",
-        "",
-        "| code | severity | meaning | what to do |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| `{name}` | {code.severity} | {code.meaning} | {code.remedy} |" for name, code in CODES.items()]
-    lines += ["", "`over_max_conversations` in a manifest counts what a source's own limit left out; it is no finding."]
-    return "\n".join(lines) + "\n"

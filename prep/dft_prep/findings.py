@@ -1,78 +1,138 @@
-"""Findings as text, JSON, or annotations of a GitHub workflow.
+"""Findings as text, JSON, JSON lines, or annotations of a GitHub workflow; `sarif` and `junit` have files of their own.
 
-Called by `validate_command`. Data is untrusted: what it holds never reaches a terminal raw.
+`make_writer` is called by `validate_command`. Data is untrusted: what it holds never reaches a terminal raw, and never
+breaks a format.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol, TextIO
 
 import msgspec
 
 from dft_common.errors import printable
-from dft_common.manifest import encode_json
 from dft_common.records import Finding
+from dft_prep.summary import Summary
+
+_BREAKING = re.compile("[\n\t\u2028\u2029]")
+# JSON has escapes of its own for the controls of ASCII, DEL apart.
+_STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-class Summary(msgspec.Struct, kw_only=True):
-    """What a validation counted. `good` records are those that a build would take."""
+class FindingWriter(Protocol):
+    """Writes findings, in order, and what they came to."""
 
-    records: int = 0
-    good: int = 0
-    codes: dict[str, int] = {}
-    severities: dict[str, int] = {}
-    unused_fields: dict[str, dict[str, int]] = {}
-    """By source."""
-    tokens: dict[str, int] = {}
-    """With a tokenizer: total, trained, longest."""
+    def add(self, finding: Finding, fingerprint: str) -> None: ...
 
-    def count(self, finding: Finding) -> None:
-        self.codes[finding.code] = self.codes.get(finding.code, 0) + 1
-        self.severities[finding.severity] = self.severities.get(finding.severity, 0) + 1
-
-    def count_fields(self, source: str, fields: tuple[str, ...]) -> None:
-        if fields:
-            counts = Counter(self.unused_fields.get(source, {}))
-            counts.update(fields)
-            self.unused_fields[source] = dict(counts)
+    def close(self, summary: Summary) -> None: ...
 
 
-def as_text(finding: Finding) -> str:
-    """`file:line:column: CODE message (path)`, and what to do on a line of its own."""
-    mark = "" if finding.severity == "error" else f"{finding.severity}: "
-    head = f"{finding.file}:{finding.line}:{finding.column}: {mark}{finding.code} {finding.path}: {finding.message}"
-    return printable(head.replace("\n", "\\n")) + (f"\n    {printable(finding.help)}" if finding.help else "")
+def make_writer(format: str, out: TextIO, failing: Sequence[str]) -> FindingWriter:
+    """format: `text`, `json`, `jsonl`, `github`, `sarif` or `junit`. failing: severities that fail the validation."""
+    if format == "sarif":
+        from dft_prep.sarif import SarifWriter
+
+        return SarifWriter(out)
+    if format == "junit":
+        from dft_prep.junit import JunitWriter
+
+        return JunitWriter(out, failing)
+    return {"text": TextWriter, "json": JsonWriter, "jsonl": JsonLinesWriter, "github": GithubWriter}[format](out)
 
 
-def _escape_annotation(text: str, *, in_property: bool) -> str:
-    text = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return text.replace(":", "%3A").replace(",", "%2C") if in_property else text
+def one_line(text: str) -> str:
+    """`text` without what would end a line or steer a terminal."""
+    return printable(_BREAKING.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
 
 
-def as_github(finding: Finding) -> str:
-    """`::error file=...,line=...,col=...,title=CODE::message`."""
-    level = {"error": "error", "warning": "warning", "info": "notice"}[finding.severity]
-    file, title = (_escape_annotation(text, in_property=True) for text in (finding.file, finding.code))
-    message = _escape_annotation(f"{finding.path}: {finding.message}. {finding.help}", in_property=False)
-    return printable(f"::{level} file={file},line={finding.line},col={finding.column},title={title}::{message}")
+class TextWriter:
+    """`file:line:column: CODE path: message`, and what to do on a line of its own."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def add(self, finding: Finding, fingerprint: str) -> None:
+        mark = "" if finding.severity == "error" else f"{finding.severity}: "
+        place = f"{finding.file}:{finding.line}:{finding.column}"
+        self._out.write(one_line(f"{place}: {mark}{finding.code} {finding.path}: {finding.message}") + "\n")
+        if finding.help:
+            self._out.write(f"    {one_line(finding.help)}\n")
+        self._out.flush()
+
+    def close(self, summary: Summary) -> None:
+        """The summary goes to stderr."""
 
 
-def as_json(findings: list[Finding], summary: Summary) -> str:
-    value: dict[str, Any] = {
-        "findings": [msgspec.structs.asdict(finding) for finding in findings],
-        "summary": msgspec.structs.asdict(summary),
-    }
-    return encode_json(value).decode()
+class GithubWriter:
+    """`::error file=...,line=...,col=...,title=CODE::message`, a line each."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def add(self, finding: Finding, fingerprint: str) -> None:
+        level = {"error": "error", "warning": "warning", "info": "notice"}[finding.severity]
+        file, title = _github_property(finding.file), _github_property(finding.code)
+        message = _github_text(f"{finding.path}: {finding.message}. {finding.help}".rstrip())
+        self._out.write(f"::{level} file={file},line={finding.line},col={finding.column},title={title}::{message}\n")
+        self._out.flush()
+
+    def close(self, summary: Summary) -> None:
+        """The summary goes to stderr."""
 
 
-def summary_text(summary: Summary) -> str:
-    """The counts, for a reader."""
-    lines = [f"{summary.records:,} records, {summary.good:,} good"]
-    lines += [f"  {number:,} x {code}" for code, number in sorted(summary.codes.items(), key=lambda item: -item[1])]
-    for source, fields in summary.unused_fields.items():
-        shown = ", ".join(f"{field} {number:,}" for field, number in fields.items())
-        lines.append(f"  fields of {source} that are not used: {shown}")
-    if summary.tokens:
-        lines.append("  tokens: " + ", ".join(f"{name} {number:,}" for name, number in summary.tokens.items()))
-    return printable("\n".join(lines))
+def _github_text(text: str) -> str:
+    return printable(text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A"))
+
+
+def _github_property(text: str) -> str:
+    return _github_text(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def json_text(value: Any) -> str:
+    """JSON in which nothing steers a terminal, and half surrogate pairs, which UTF-8 cannot hold, are their escapes."""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = msgspec.json.encode(_whole(msgspec.to_builtins(value))).decode()
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class JsonWriter:
+    """`{"findings": [...], "summary": {...}}`, with the findings' fingerprints, in order, in the summary."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._fingerprints: list[str] = []
+        out.write('{"findings": [')
+
+    def add(self, finding: Finding, fingerprint: str) -> None:
+        self._out.write(("," if self._fingerprints else "") + "\n  " + json_text(finding))
+        self._fingerprints.append(fingerprint)
+
+    def close(self, summary: Summary) -> None:
+        summary.fingerprints = self._fingerprints
+        self._out.write(f'\n], "summary": {json_text(summary)}}}\n')
+
+
+class JsonLinesWriter:
+    """A finding a line, each with its fingerprint besides."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def add(self, finding: Finding, fingerprint: str) -> None:
+        self._out.write(json_text({**msgspec.structs.asdict(finding), "fingerprint": fingerprint}) + "\n")
+        self._out.flush()
+
+    def close(self, summary: Summary) -> None:
+        """The summary goes to stderr."""

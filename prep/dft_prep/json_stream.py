@@ -40,6 +40,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """Of its first byte, from the start of the stream."""
     line: int
     """1-based."""
+    column: int
+    """1-based, in characters."""
     data: bytes
     cut: bool = False
     """The stream ended inside it."""
@@ -61,7 +63,7 @@ class _Splitter:
         self._base = 0  # offset of _data in the stream
         self._start = 0  # of the current value; positions are within _data
         self._at = 0
-        self._line, self._counted = 1, 0
+        self._line, self._column, self._counted = 1, 1, 0  # of the byte at _counted
         self._damage_seen = False
         self._misses = 0  # wrong guesses at an element's end
         self._closed = False  # the array's end was found in a damaged stretch
@@ -222,17 +224,25 @@ class _Splitter:
         return newline + 1
 
     def _count_lines(self, position: int) -> None:
-        if position > self._counted:
-            self._line += self._data.count(b"\n", self._counted, position)
-            self._counted = position
+        if position <= self._counted:
+            return
+        newlines = self._data.count(b"\n", self._counted, position)
+        line_start = self._counted
+        if newlines:
+            self._line += newlines
+            self._column = 1
+            line_start = self._data.rfind(b"\n", self._counted, position) + 1
+        self._column += len(self._data[line_start:position].decode("utf-8", "replace"))
+        self._counted = position
 
     def _made(self, *, cut: bool = False) -> Piece:
         """The value from its start up to `_at`."""
         self._count_lines(self._start)
         data = self._data[self._start : self._at].rstrip(_WHITE)
-        return Piece(offset=self._base + self._start, line=self._line, data=data, cut=cut)
+        return Piece(offset=self._base + self._start, line=self._line, column=self._column, data=data, cut=cut)
 
     def _problem(self, message: str, *, shown: int = 1, cut: bool = False) -> Piece:
         data = self._data[self._at : self._at + shown]
         self._count_lines(self._at)
-        return Piece(offset=self._base + self._at, line=self._line, data=data, cut=cut, problem=message)
+        place = {"offset": self._base + self._at, "line": self._line, "column": self._column}
+        return Piece(**place, data=data, cut=cut, problem=message)

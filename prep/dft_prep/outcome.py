@@ -25,7 +25,9 @@ from dft_common.manifest import (
 )
 from dft_common.schema import FORMAT_VERSION
 from dft_prep.assemble import Assembled
+from dft_prep.fields import field_uses
 from dft_prep.recipe import Recipe
+from dft_prep.reconciliation import SourceFields, source_fields, unused_fields
 from dft_prep.sources import Source
 from dft_prep.units import Unit
 from dft_prep.work import UnitResult
@@ -88,6 +90,7 @@ def make_manifest(
     planned: Sequence[PlannedUnit],
     results: Sequence[UnitResult],
     learnt: Learnt,
+    reconciled: Sequence[SourceFields],
     assembled: Assembled,
 ) -> Manifest:
     tokenizer = recipe.tokenizer
@@ -111,7 +114,7 @@ def make_manifest(
         ),
         template=learnt.template,
         sources=[
-            _source_info(number, source, planned, results, assembled.counts[number])
+            _source_info(number, source, planned, results, assembled.counts[number], unused_fields(reconciled[number]))
             for number, source in enumerate(sources)
         ],
         counts=_sum_counts(assembled.counts),
@@ -120,17 +123,31 @@ def make_manifest(
     )
 
 
+def reconcile_sources(
+    sources: Sequence[Source], planned: Sequence[PlannedUnit], results: Sequence[UnitResult]
+) -> list[SourceFields]:
+    """What the fields of each source became."""
+    counts: list[list[list[tuple[str, str, str, int]]]] = [[] for _ in sources]
+    for plan, result in zip(planned, results, strict=True):
+        counts[plan.source].append(result.info.fields)
+    return [source_fields(source.name, field_uses(mine)) for source, mine in zip(sources, counts, strict=True)]
+
+
 def _source_info(
-    number: int, source: Source, planned: Sequence[PlannedUnit], results: Sequence[UnitResult], counts: Counts
+    number: int,
+    source: Source,
+    planned: Sequence[PlannedUnit],
+    results: Sequence[UnitResult],
+    counts: Counts,
+    unused: dict[str, int],
 ) -> SourceInfo:
     mine = [(plan, result) for plan, result in zip(planned, results, strict=True) if plan.source == number]
-    ignored: Counter[str] = total(result.info.ignored for _, result in mine)
     files = []
     for at, file in enumerate(source.files):
         hashes = [result.fingerprint for plan, result in mine if plan.file == at]
         info = FileInfo(path=file.relative, size=file.size, units=len(hashes), checksum=hash_object(hashes))
         files.append(info)
-    return SourceInfo(name=source.name, files=files, counts=counts, ignored_fields=dict(sorted(ignored.items())))
+    return SourceInfo(name=source.name, files=files, counts=counts, ignored_fields=unused)
 
 
 def _sum_counts(counts: Sequence[Counts]) -> Counts:

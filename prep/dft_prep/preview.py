@@ -12,18 +12,18 @@ from itertools import islice
 import numpy as np
 
 from dft_common.errors import DataError
-from dft_prep.build import learn
+from dft_common.records import Finding
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import ReferenceEncoder
+from dft_prep.examine import Examiner
+from dft_prep.learn import learn
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.recipe import BuildOptions, make_recipe
-from dft_prep.render import RenderRefusal
 from dft_prep.segments import Decoder
+from dft_prep.severities import AS_CODED
 from dft_prep.show import Shown, print_json, print_text
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged
-from dft_prep.work import refusal_finding
 
 
 def preview(options: BuildOptions, number: int, output_format: str, *, tokens: bool) -> None:
@@ -53,31 +53,26 @@ def _in_turn(streams: list[Iterator[Shown]]) -> Iterator[Shown]:
 
 def _shown(source: Source, encoder: BatchEncoder, decoder: Decoder, tokens: bool) -> Iterator[Shown]:
     for file in source.files:
-        for unit in plan_units(file, source.name):
-            judge = Judge(file.shown, unit.reading)
+        for unit in plan_units(file, source.name, source.reading):
+            examine = Examiner(unit, AS_CODED, encoder)
             for raw in UnitReader(unit):
-                yield from _record(raw, judge, source.name, encoder, decoder, tokens)
+                yield from _record(raw, examine, source.name, encoder, decoder, tokens)
 
 
 def _record(
-    raw: RawRecord, judge: Judge, source: str, encoder: BatchEncoder, decoder: Decoder, tokens: bool
+    raw: RawRecord, examine: Examiner, source: str, encoder: BatchEncoder, decoder: Decoder, tokens: bool
 ) -> Iterator[Shown]:
     """The rows of one record, or why it would be left out."""
-    shown = judge.shown
+    shown = examine.judge.shown
     where = f"{shown}, byte {raw.byte_offset:,}" if raw.byte_offset >= 0 else shown
     about = {"file": shown, "byte_offset": raw.byte_offset, "source": source}
-    judged = judge(raw)
-    try:
-        rows = encoder.renderer.rows(judged.conversation) if isinstance(judged, Judged) else []
-    except RenderRefusal as refusal:
-        judged = refusal_finding(refusal, raw, shown)
-        rows = []
-    if not isinstance(judged, Judged):
-        left_out = {"code": judged.code, "path": judged.path, "message": judged.message}
-        title = f"--- {where}: left out, {judged.code} {judged.path}: {judged.message}"
+    examined = examine(raw)
+    if isinstance(examined, Finding):
+        left_out = {"code": examined.code, "path": examined.path, "message": examined.message}
+        title = f"--- {where}: left out, {examined.code} {examined.path}: {examined.message}"
         yield Shown(title=title, about={**about, "left_out": left_out})
         return
-    for rendered in rows:
+    for rendered in examined.rows:
         batch = encoder.encode([rendered])
         trained = int(np.count_nonzero(batch.weights))
         notes = f" ({', '.join(rendered.notes)})" if rendered.notes else ""

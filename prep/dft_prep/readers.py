@@ -13,16 +13,29 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from dft_common.errors import DataError
-from dft_prep.files import BOM, Truncated, decompressed, open_raw, read_some
+from dft_prep.files import (
+    BOM,
+    FileError,
+    Truncated,
+    check_growth,
+    check_unchanged,
+    decompressed,
+    open_raw,
+    read_some,
+    unreadable,
+)
 from dft_prep.json_stream import Piece, split_values
 from dft_prep.units import Unit, line_range
 
 _CHUNK = 1 << 20
+LARGEST_RECORD = 256 << 20
+"""Bytes. No conversation has as many, and decoded it takes several times as much memory in each worker."""
+KEPT_OF_LARGE = 1 << 16
+"""Bytes that the quarantine keeps of a larger one."""
 _PARQUET_ROWS = 1000
 
 
-class RawRecord(msgspec.Struct, frozen=True, kw_only=True):
+class RawRecord(msgspec.Struct, frozen=True, gc=False):
     """One record as it stands in its file."""
 
     line: int
@@ -34,6 +47,10 @@ class RawRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The file ends inside it, or right behind it without a newline."""
     problem: tuple[str, str] | None = None
     """(code, message) of something wrong with the file at this place, rather than with a record."""
+    is_line: bool = False
+    """It is one of many lines, each of which should be a record."""
+    column: int = 1
+    """Of its first character in its line."""
 
 
 class FileNote(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,77 +70,179 @@ class UnitReader:
         self.unit = unit
         self.lines = 0
         """Newlines passed so far: after the last record, all of the unit's."""
+        self.passed = 0
+        """Bytes of the unit, as they lie in the file, that were read so far."""
         self.notes: list[FileNote] = []
         """Complete when the last record was read; one a code."""
 
     def __iter__(self) -> Iterator[RawRecord]:
-        if self.unit.kind == "parquet":
-            return self._parquet()
-        return self._lines() if self.unit.kind == "lines" else self._values()
+        """Raises FileError where the file cannot be read, or changes meanwhile."""
+        file = self.unit.file
+        self.notes = [FileNote(code=code, line=1, byte_offset=0, message=message) for code, message in self.unit.notes]
+        read = {"parquet": self._parquet, "lines": self._lines}.get(self.unit.kind, self._values)
+        check_unchanged(file)
+        try:
+            yield from read()
+        except OSError as error:
+            raise unreadable(file, error) from None
+        check_unchanged(file)
 
     def _lines(self) -> Iterator[RawRecord]:
+        """Lines, a block at a time: the cost of a record is that of cutting it off."""
         unit = self.unit
         first, last = line_range(unit) if unit.compression == "none" else (0, -1)
         with open_raw(unit.file) as raw:
             raw.seek(first)
-            stream = decompressed(raw, unit.compression)
-            offset = first
-            while last < 0 or offset < last:
+            stream = decompressed(raw, unit.file, unit.compression)
+            at, read, blanks, returns, line = first, first, 0, 0, 0
+            begun = _Begun()
+            truncated: Truncated | None = None
+            while truncated is None:
                 try:
-                    line = stream.readline()
+                    block = read_some(stream, _CHUNK if last < 0 else min(_CHUNK, last - read))
                 except Truncated as error:
-                    yield self._truncated(error, offset)
-                    return
-                if not line:
-                    return
-                ended = line.endswith(b"\n")
-                start = len(BOM) if offset == 0 and line.startswith(BOM) else 0
-                text = line[start:-1] if ended else line[start:]
-                if text.strip():
-                    yield RawRecord(line=self.lines + 1, byte_offset=offset + start, data=text, cut=not ended)
-                self.lines += ended
-                offset += len(line)
+                    truncated, block = error, b""
+                if not block:
+                    break
+                read += len(block)
+                if not begun.length and read == len(block) == read - first and first == 0 and block.startswith(BOM):
+                    self._note("bom", 1, 0, "a byte order mark")
+                    block = block[len(BOM) :]
+                    at = len(BOM)
+                if b"\r" in block:
+                    returns += block.count(b"\r\n")
+                lines = block.split(b"\n")
+                if len(lines) == 1:
+                    begun.add(block)
+                    continue
+                rest = lines.pop()
+                if begun.length:
+                    begun.add(lines[0])
+                    lines[0] = begun.data()
+                    if begun.length > LARGEST_RECORD:
+                        line += 1
+                        yield begun.finished(line, at)
+                        at += begun.length + 1
+                        del lines[0]
+                    begun = _Begun()
+                for text in lines:
+                    line += 1
+                    if text[:1] == b"{" or text.strip():
+                        yield RawRecord(line, at, text, False, None, True)
+                    else:
+                        blanks += 1
+                        self._note("blank_lines", line, at, "")
+                    at += len(text) + 1
+                begun.add(rest)
+                self.lines = line
+                self.passed = (raw.tell() if unit.compression != "none" else read) - first
+            yield from self._last(begun, line, at, truncated)
+        self._note_count("blank_lines", blanks, "blank lines")
+        if returns:
+            self._note("crlf", 1, 0, f"{returns:,} lines end with CR LF")
+
+    def _last(self, begun: _Begun, line: int, at: int, truncated: Truncated | None) -> Iterator[RawRecord]:
+        """What stands behind the last newline of the file."""
+        if truncated is not None:
+            problem = ("truncated_compression", f"{truncated}; what follows is lost")
+            yield RawRecord(line + 1, at, begun.data(), True, problem, True)
+        elif begun.length and begun.data().strip():
+            yield begun.finished(line + 1, at, cut=True)
+
+    def _note(self, code: str, line: int, byte_offset: int, message: str) -> None:
+        if all(note.code != code for note in self.notes):
+            self.notes.append(FileNote(code=code, line=line, byte_offset=byte_offset, message=message))
+
+    def _note_count(self, code: str, count: int, what: str) -> None:
+        """Say of a note how often it was found, now that all was read."""
+        self.notes = [
+            msgspec.structs.replace(note, message=f"{count:,} {what}") if note.code == code else note
+            for note in self.notes
+        ]
 
     def _values(self) -> Iterator[RawRecord]:
         with open_raw(self.unit.file) as raw:
-            stream = decompressed(raw, self.unit.compression)
-            chunks = _Chunks(stream)
+            chunks = _Chunks(decompressed(raw, self.unit.file, self.unit.compression))
             for piece in split_values(iter(chunks), "array" if self.unit.kind == "array" else "object"):
+                self.passed = raw.tell()
                 if chunks.error is not None and piece.cut:
+                    yield self._truncated(chunks.error, piece, chunks.skipped)
                     break
                 yield _record(piece, chunks.skipped)
-            if chunks.error is not None:
-                yield self._truncated(chunks.error, chunks.read)
+            else:
+                if chunks.error is not None:
+                    end = Piece(offset=chunks.read - chunks.skipped, line=1, column=1, data=b"")
+                    yield self._truncated(chunks.error, end, chunks.skipped)
+            if chunks.skipped:
+                self._note("bom", 1, 0, "a byte order mark")
 
-    def _truncated(self, error: Truncated, offset: int) -> RawRecord:
-        message = f"{error}; what follows is lost"
-        return RawRecord(line=self.lines + 1, byte_offset=offset, data=b"", problem=("truncated_compression", message))
+    def _truncated(self, error: Truncated, piece: Piece, skipped: int) -> RawRecord:
+        problem = ("truncated_compression", f"{error}; what follows is lost")
+        return RawRecord(piece.line, piece.offset + skipped, piece.data, True, problem, False, piece.column)
 
     def _parquet(self) -> Iterator[RawRecord]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        shown = self.unit.file.shown
-        with open_raw(self.unit.file) as raw, tempfile.TemporaryFile() as unpacked:
+        file = self.unit.file
+        with open_raw(file) as raw, tempfile.TemporaryFile() as unpacked:
             try:
                 seekable: Any = raw
                 if self.unit.compression != "none":
                     # Parquet is read from its end, which a compressed stream cannot do.
-                    shutil.copyfileobj(decompressed(raw, self.unit.compression), unpacked, _CHUNK)
+                    shutil.copyfileobj(decompressed(raw, self.unit.file, self.unit.compression), unpacked, _CHUNK)
                     seekable = unpacked
+                table = pq.ParquetFile(seekable)
+                check_growth(file, sum_of_columns(table.metadata), seekable.seek(0, 2))
                 row = 0
-                for batch in pq.ParquetFile(seekable).iter_batches(batch_size=_PARQUET_ROWS):
+                for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
                     for record in _dicts(batch):
                         row += 1
                         if isinstance(record, UnicodeDecodeError):
                             problem = ("invalid_utf8", f"a text of this row is not UTF-8: {record.reason}")
-                            yield RawRecord(line=row, byte_offset=-1, data={}, problem=problem)
+                            yield RawRecord(row, -1, {}, problem=problem)
                         else:
-                            yield RawRecord(line=row, byte_offset=-1, data=record)
+                            yield RawRecord(row, -1, record)
             except (pa.ArrowException, OSError, Truncated) as error:
-                raise DataError(
-                    f"{shown}: cannot be read as Parquet: {error}", remedy="write the file again, or take it out"
+                raise FileError(
+                    "corrupt_parquet",
+                    f"{file.shown}: cannot be read as Parquet: {error}",
+                    remedy="write the file again, or take it out",
                 ) from None
+
+
+def sum_of_columns(metadata: Any) -> int:
+    """Bytes of a Parquet file's columns when they are unpacked."""
+    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+
+
+class _Begun:
+    """A line that is not at its end yet. Of one beyond the limit only the beginning is kept."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self.length = 0
+
+    def add(self, piece: bytes) -> None:
+        was_large = self.length > LARGEST_RECORD
+        self.length += len(piece)
+        if was_large:
+            return
+        self._pieces.append(piece)
+        if self.length > LARGEST_RECORD:
+            self._pieces = [self.data()[:KEPT_OF_LARGE]]
+
+    def data(self) -> bytes:
+        return b"".join(self._pieces)
+
+    def finished(self, line: int, at: int, *, cut: bool = False) -> RawRecord:
+        problem = too_large(self.length) if self.length > LARGEST_RECORD else None
+        return RawRecord(line, at, self.data(), cut, problem, True)
+
+
+def too_large(size: int) -> tuple[str, str]:
+    limit = LARGEST_RECORD >> 20
+    return "record_too_large", f"{size:,} bytes, and a record may have {limit} MiB; only its beginning is kept"
 
 
 def _dicts(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
@@ -163,6 +282,4 @@ class _Chunks:
 
 def _record(piece: Piece, skipped: int) -> RawRecord:
     problem = ("invalid_json", piece.problem) if piece.problem else None
-    return RawRecord(
-        line=piece.line, byte_offset=piece.offset + skipped, data=piece.data, cut=piece.cut, problem=problem
-    )
+    return RawRecord(piece.line, piece.offset + skipped, piece.data, piece.cut, problem, False, piece.column)

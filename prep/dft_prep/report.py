@@ -18,6 +18,7 @@ from dft_common.packs import PackIndexInfo
 from dft_common.schema import QUARANTINE_NAME, REPORT_NAME
 from dft_prep.codes import CODES
 from dft_prep.progress import duration
+from dft_prep.reconciliation import SourceFields, disagreements, reading_lines, unused_line
 
 
 def _percent(part: int, whole: int) -> str:
@@ -51,8 +52,7 @@ def summary_lines(manifest: Manifest, indexes: Sequence[PackIndexInfo]) -> list[
             lines.append(f"  left out of {name}: {_reasons(count)} (see {QUARANTINE_NAME})")
     for source in manifest.sources:
         if source.ignored_fields:
-            fields = ", ".join(f"{field} {number:,}" for field, number in source.ignored_fields.items())
-            lines.append(f"  fields of {source.name} that are not used: {fields}")
+            lines.append(unused_line(source.name, source.ignored_fields))
     for split, info in manifest.splits.items():
         index = next(index for index in indexes if index.split == split)
         lines.append(f"  {split}: {info.rows:,} conversations, {info.tokens:,} tokens, {_describe_packs(index)}")
@@ -84,16 +84,24 @@ def _describe_packs(index: PackIndexInfo) -> str:
     return text
 
 
-def print_summary(output_dir: Path, manifest: Manifest, indexes: Sequence[PackIndexInfo], seconds: float) -> None:
+def print_summary(
+    output_dir: Path,
+    manifest: Manifest,
+    indexes: Sequence[PackIndexInfo],
+    reconciled: Sequence[SourceFields],
+    seconds: float,
+) -> None:
     rate = manifest.counts.tokens / max(seconds, 1e-6)
     head = f"built {output_dir} in {duration(seconds)} ({rate:,.0f} tokens/s, encoder {manifest.encoder})"
-    sys.stderr.write("\n".join(printable(line) for line in [head, *summary_lines(manifest, indexes)]) + "\n")
+    lines = [head, *summary_lines(manifest, indexes), *reading_lines(reconciled)]
+    sys.stderr.write("\n".join(map(printable, lines)) + "\n")
 
 
 def write_report(
     directory: Path,
     manifest: Manifest,
     indexes: Sequence[PackIndexInfo],
+    reconciled: Sequence[SourceFields],
     *,
     seconds: float,
     workers: int,
@@ -110,6 +118,10 @@ def write_report(
         "encoder": manifest.encoder,
         "counts": msgspec.to_builtins(manifest.counts),
         "warnings": manifest.warnings,
+        "reconciliation": {
+            "sources": msgspec.to_builtins(list(reconciled)),
+            "disagreements": disagreements(reconciled),
+        },
         "packs": [msgspec.to_builtins(index) for index in indexes],
     }
     (directory / REPORT_NAME).write_bytes(encode_json(report))

@@ -55,4 +55,4 @@ def _why_not(code: str, severity: str) -> str:
     if CODES[code].severity == "error":
         return "stays an error: nothing can be built from what it is about"
     assert severity == "error"
-    return "is about a file, so that no record could be left out: use --warn with --strict"
+    return "leaves no record out, so that it cannot be an error: use --warn with --strict"

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import msgspec
 
 from dft_common.errors import SetupError
+from dft_prep.reading import AS_FOUND, Reading
 
 _NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
-_DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst))?$", re.IGNORECASE)
+_DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst|xz))?$", re.IGNORECASE)
 _DEEP = re.compile(r"(.*?/|)\*\*(?:/(.*)|)", re.DOTALL)
 """A pattern with a `**`: (what is before it, what is after it)."""
 _KEYS = ("name", "path", "split", "max_conversations")
@@ -34,6 +35,13 @@ class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     relative: str
     """Relative to what the user named: the same wherever the corpus lies."""
     size: int
+    stamp: tuple[int, int, int] | None = None
+    """Of a local file: what tells whether it is still the same."""
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
+    """(size, time of the last change in ns, inode)"""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +50,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     split: Literal["train", "validation"] | None = None
     """Where all of it goes, or None: by content hash."""
     max_conversations: int | None = None
+    reading: Reading = AS_FOUND
 
 
 def is_url(path: str) -> bool:
@@ -151,24 +160,21 @@ def _find_in_directory(directory: str) -> list[SourceFile]:
     if not found:
         raise SetupError(
             f"--data_files {directory}: no data file in this directory",
-            remedy="it should hold .json, .jsonl, .ndjson or .parquet files, plain or as .gz or .zst",
+            remedy="it should hold .json, .jsonl, .ndjson or .parquet files, plain or as .gz, .zst or .xz",
         )
     return [_local_file(item, os.path.relpath(item, directory)) for item in sorted(found)]
 
 
 def _local_file(path: str, relative: str) -> SourceFile:
+    """One that cannot be opened is a file all the same: reading it will say why, among the other findings."""
+    shown, relative = _text(path), _text(Path(relative).as_posix())
     try:
         status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise SetupError(f"--data_files {path}: not a regular file", remedy="write the data to a file first")
-        with Path(path).open("rb"):
-            pass
-    except OSError as error:
-        raise SetupError(
-            f"--data_files {path}: {error.strerror}", remedy="check the path and its permissions"
-        ) from None
-    relative = Path(relative).as_posix()
-    return SourceFile(path=path, shown=_text(path), relative=_text(relative), size=status.st_size)
+    except OSError:
+        return SourceFile(path=path, shown=shown, relative=relative, size=0)
+    if not stat.S_ISREG(status.st_mode):
+        raise SetupError(f"--data_files {path}: not a regular file", remedy="write the data to a file first")
+    return SourceFile(path=path, shown=shown, relative=relative, size=status.st_size, stamp=stamp_of(status))
 
 
 def _text(path: str) -> str:

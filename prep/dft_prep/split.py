@@ -6,6 +6,8 @@ whatever the tokenizer, file or id: a conversation and its duplicates stay on on
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import xxhash
@@ -36,6 +38,20 @@ def conversation_key(conversation: Conversation) -> tuple[int, int]:
         return content, content
     state.update(_encoder.encode(weights))
     return content, state.intdigest()
+
+
+def same_key(conversation: Conversation) -> bytes:
+    """16 bytes, equal for two conversations exactly where `conversation_key` is, and quicker; never stored."""
+    messages = conversation.messages
+    parts: list[Any] = [(message.role, message.content, message.reasoning) for message in messages]
+    for number, message in enumerate(messages):
+        if message.tool_calls:
+            parts.append((number, [(call.name, call.arguments) for call in message.tool_calls]))
+        if message.weight != 1 and message.role == "assistant":
+            parts.append((number, message.weight))
+    if conversation.tools:
+        parts.append(conversation.tools)
+    return xxhash.xxh3_128_digest(_encoder.encode(parts))
 
 
 def row_id(content: int) -> str:

@@ -10,7 +10,6 @@ import msgspec
 import xxhash
 
 from dft_common.fingerprint import HASH_CHUNK
-from dft_common.logs import get_logger
 from dft_prep.files import Compression, Kind, open_raw, sniff
 from dft_prep.reading import AS_FOUND, Reading
 from dft_prep.sources import SourceFile
@@ -29,6 +28,8 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     """-1: to the file's end."""
     reading: Reading = AS_FOUND
+    notes: tuple[tuple[str, str], ...] = ()
+    """(code, message) of what is odd about its file as a whole: in the first unit alone."""
 
     @property
     def size(self) -> int:
@@ -36,23 +37,21 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
         return (self.end if self.end >= 0 else self.file.size) - self.start
 
 
-def plan_units(file: SourceFile, source: str) -> list[Unit]:
-    """The work units of a file, in order. Raises DataError where the file holds no chat data."""
-    compression, kind = sniff(file)
-    if kind is None:
-        get_logger().warning("%s: is empty", file.shown)
-        return []
-    if kind != "lines" or compression != "none":
-        return [Unit(file=file, source=source, kind=kind, compression=compression, start=0, end=-1)]
-    starts = range(0, max(1, file.size), UNIT_BYTES)
+def plan_units(file: SourceFile, source: str, reading: Reading = AS_FOUND) -> list[Unit]:
+    """The work units of a file, in order. Raises FileError where the file holds no chat data."""
+    compression, kind, notes = sniff(file)
+    whole = kind is None or kind != "lines" or compression != "none"
+    starts = [0] if whole else range(0, max(1, file.size), UNIT_BYTES)
     return [
         Unit(
             file=file,
             source=source,
-            kind=kind,
+            kind=kind or "lines",
             compression=compression,
             start=start,
-            end=start + UNIT_BYTES if start + UNIT_BYTES < file.size else -1,
+            end=-1 if whole or start + UNIT_BYTES >= file.size else start + UNIT_BYTES,
+            reading=reading,
+            notes=notes if start == 0 else (),
         )
         for start in starts
     ]
@@ -70,6 +69,18 @@ def line_range(unit: Unit) -> tuple[int, int]:
             return raw.tell()
 
         return next_line(unit.start), next_line(unit.end)
+
+
+def lines_before(unit: Unit) -> int:
+    """How many lines of the file come before the unit's first."""
+    if unit.kind != "lines" or unit.compression != "none" or unit.start == 0:
+        return 0
+    left, lines = line_range(unit)[0], 0
+    with open_raw(unit.file) as raw:
+        while left > 0 and (chunk := raw.read(min(left, HASH_CHUNK))):
+            lines += chunk.count(b"\n")
+            left -= len(chunk)
+    return lines
 
 
 def unit_fingerprint(unit: Unit) -> str:

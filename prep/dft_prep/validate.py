@@ -8,134 +8,172 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
 from dft_common.records import Conversation, Finding
 from dft_prep.codes import CODES, Severity
-from dft_prep.converters import RecordError
+from dft_prep.converters import RecordError, quoted
+from dft_prep.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_read, short_name, target_of
+from dft_prep.illegal import Illegal, by_the_standard
+from dft_prep.plain import PlainReader
 from dft_prep.readers import RawRecord
 from dft_prep.reading import AS_FOUND, Reading
-from dft_prep.reconcile import Reconciled, reconcile
+from dft_prep.reconcile import reconcile
+from dft_prep.repeats import find_repeated, may_repeat, quotes_of
 from dft_prep.rules import find_oddities
 from dft_prep.severities import AS_CODED, Severities
 
 _decode = msgspec.json.Decoder().decode
 
 
-class Judged(msgspec.Struct, frozen=True, kw_only=True):
+class Judged(msgspec.Struct):
     """A good record."""
 
     conversation: Conversation
-    format: str
-    """Its name in `formats.FORMATS`."""
-    ignored: tuple[str, ...]
-    notes: tuple[Finding, ...]
+    notes: list[Finding]
     """Warnings and infos: they do not leave it out."""
 
 
-class _Illegal(Exception):
-    """Not JSON: code, message, characters before the place, and what to do."""
-
-    def __init__(self, code: str, message: str, position: int, help: str = "") -> None:
-        super().__init__(message)
-        self.code, self.message, self.position = code, message, position
-        self.help = help or CODES[code].remedy
-
-
 class Judge:
-    """Judges the records of one unit."""
+    """Judges the records of one unit, and counts the fields of the good ones."""
 
     def __init__(self, shown: str, reading: Reading = AS_FOUND, severities: Severities = AS_CODED) -> None:
         """shown: what findings call the file."""
         self.shown, self.reading, self.severities = shown, reading, severities
+        self._fields = FieldCounts()
+        self.unused: dict[str, Finding] = {}
+        """The first record with each field that is not used, by the field's path."""
+        self._plain = PlainReader() if reading == AS_FOUND else None
 
     def __call__(self, raw: RawRecord) -> Judged | Finding:
         if raw.problem is not None:
             code, message = raw.problem
             return record_finding(raw, self.shown, code, "$", message)
+        if self._plain is not None and isinstance(raw.data, bytes):
+            conversation = self._plain.read(raw.data)
+            if conversation is not None:
+                if self._plain.new is not None:
+                    self._note_unused(self._plain.new, raw)
+                return self._by_the_rules(conversation, place_in_messages, raw, [])
+        return self._ordinarily(raw)
+
+    def _ordinarily(self, raw: RawRecord) -> Judged | Finding:
+        """Judge a record that is not of the plain kind, or the first of its kind."""
         exact = True
         try:
             value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            assert isinstance(raw.data, bytes)
             exact = False
             try:
-                value = _by_the_standard(raw)
-            except _Illegal as error:
+                value = by_the_standard(raw.data, cut=raw.cut, is_line=raw.is_line)
+            except Illegal as error:
                 return _illegal(raw, self.shown, error)
         try:
+            notes = self._repeated_keys(value, raw)
             reconciled = reconcile(value, self.reading)
             if not exact or isinstance(raw.data, dict):
                 _refuse_unwritable(reconciled.conversation)
+                notes += self._beyond_floats(value, raw)
         except RecordError as error:
             return record_finding(raw, self.shown, error.code, error.path, error.message, error.help)
         except RecursionError:
             return record_finding(raw, self.shown, "too_deep", "$", "nested too deep")
-        return self._by_the_rules(reconciled, raw)
+        signature = (reconciled.format, fields_of(value, reconciled.format))
+        if self._fields.add(signature):
+            self._note_unused(signature, raw)
+        if self._plain is not None and reconciled.format == "openai" and isinstance(raw.data, bytes):
+            self._plain.learn(value)
+        return self._by_the_rules(reconciled.conversation, reconciled.place, raw, notes)
 
-    def _by_the_rules(self, reconciled: Reconciled, raw: RawRecord) -> Judged | Finding:
+    def _by_the_rules(
+        self, conversation: Conversation, place: Callable[[int, str], str], raw: RawRecord, notes: list[Finding]
+    ) -> Judged | Finding:
         """Good, with what is odd about it; or the first oddity that the recipe calls an error."""
-        notes = []
-        for odd in find_oddities(reconciled.conversation, raw.data if isinstance(raw.data, bytes) else None):
-            severity = self.severities.of(odd.code)
-            if severity != "ignore":
-                path = reconciled.place(odd.message_index, odd.part)
-                notes.append(record_finding(raw, self.shown, odd.code, path, odd.found, odd.help, severity=severity))
-        if bad := next((note for note in notes if note.severity == "error"), None):
+        for odd in find_oddities(conversation, raw.data if isinstance(raw.data, bytes) else None):
+            self.note(notes, raw, odd.code, place(odd.message_index, odd.part), odd.found, odd.help)
+        if notes and (bad := first_error(notes)):
             return bad
-        return Judged(
-            conversation=reconciled.conversation,
-            format=reconciled.format,
-            ignored=reconciled.ignored,
-            notes=tuple(notes),
-        )
+        return Judged(conversation, notes)
+
+    def note(self, notes: list[Finding], raw: RawRecord, code: str, path: str, found: str, help: str = "") -> None:
+        """Add a finding to `notes`, as grave as the recipe has it."""
+        severity = self.severities.of(code)
+        if severity != "ignore":
+            notes.append(record_finding(raw, self.shown, code, path, found, help, severity=severity))
+
+    def _repeated_keys(self, value: Any, raw: RawRecord) -> list[Finding]:
+        """Notes on keys that stand twice. Raises RecordError for one where the conversation is read from."""
+        notes: list[Finding] = []
+        if isinstance(raw.data, bytes) and may_repeat(raw.data, quotes_of(value)):
+            for repeated in find_repeated(raw.data):
+                key = repeated.path.rsplit(".", 1)[-1]
+                if may_read(self.reading, repeated.field):
+                    message = f"the key {quoted(key)} stands twice, and only one can count"
+                    raise RecordError("duplicate_key_in_message", repeated.path, message, "keep one of them")
+                self.note(notes, raw, "duplicate_keys", repeated.path, f"the key {quoted(key)} stands twice")
+        return notes
+
+    def _beyond_floats(self, value: Any, raw: RawRecord) -> list[Finding]:
+        notes: list[Finding] = []
+        # Infinities of Parquet are no numbers that were written out of range.
+        for path in paths_of_infinities(value) if isinstance(raw.data, bytes) else ():
+            self.note(notes, raw, "number_out_of_range", path, "a number beyond the range of a float")
+        return notes
+
+    def field_counts(self) -> list[tuple[str, str, str, int]]:
+        """`FieldCounts.counts()` of the good records so far."""
+        if self._plain is not None:
+            for signature, times in self._plain.take_counts():
+                self._fields.add(signature, times)
+        return self._fields.counts()
+
+    def _note_unused(self, signature: Signature, raw: RawRecord) -> None:
+        form, fields = signature
+        severity = self.severities.of("unused_field")
+        for path, kind in fields:
+            if kind is type(None) or path in self.unused or severity == "ignore" or target_of(form, path) is not None:
+                continue
+            if len(self.unused) < MOST_PATHS:
+                shown = short_name(path)
+                message = f"the field {quoted(shown)} is not used"
+                finding = record_finding(raw, self.shown, "unused_field", f"$.{shown}", message, severity=severity)
+                self.unused[path] = finding
 
 
-def _by_the_standard(raw: RawRecord) -> Any:
-    """What the standard library makes of a text that msgspec refuses: legal JSON is a value, all else _Illegal."""
-    assert isinstance(raw.data, bytes)
-    try:
-        text = raw.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        message = f"byte 0x{raw.data[error.start]:02x} at byte {error.start + 1} of the record is not UTF-8"
-        before = len(raw.data[: error.start].decode("utf-8"))
-        raise _Illegal("invalid_utf8", message, before) from None
-
-    def refuse_constant(name: str) -> None:
-        raise _Illegal("nan", f"found {name}, which is not JSON", max(0, text.find(name)))
-
-    try:
-        return json.loads(text, parse_constant=refuse_constant, parse_int=_to_int)
-    except json.JSONDecodeError as error:
-        if raw.cut and (error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")):
-            raise _Illegal("cut_line", f"the file ends inside this record ({error.msg})", error.pos) from None
-        raise _Illegal("invalid_json", f"not JSON: {error.msg}", error.pos, _json_help(text, error)) from None
-    except RecursionError:
-        raise _Illegal("too_deep", "nested too deep", 0) from None
+def first_error(notes: list[Finding]) -> Finding | None:
+    """The first of a record's findings that the recipe calls an error: it leaves the record out."""
+    return next((note for note in notes if note.severity == "error"), None)
 
 
-def _to_int(digits: str) -> int | float:
-    """An integer of any length: legal JSON, though Python refuses to convert more than some thousand digits."""
-    try:
-        return int(digits)
-    except ValueError:
-        return float(digits)
+def place_in_messages(message_index: int, part: str) -> str:
+    """The JSON path of a part of a message in a record that is as the canonical one."""
+    path = "$" if message_index < 0 else f"$.messages[{message_index}]"
+    return f"{path}.{part}" if part else path
 
 
-def _json_help(text: str, error: json.JSONDecodeError) -> str:
-    if error.msg == "Extra data":
-        return "write one record a line"
-    if text[: error.pos].rstrip().endswith(","):
-        return "remove the comma before the closing bracket"
-    return CODES["invalid_json"].remedy
+def paths_of_infinities(value: Any, path: str = "$") -> Iterator[str]:
+    """JSON paths of the numbers that became infinite when they were read."""
+    if isinstance(value, float) and math.isinf(value):
+        yield path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from paths_of_infinities(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from paths_of_infinities(item, f"{path}[{number}]")
 
 
-def _illegal(raw: RawRecord, shown: str, error: _Illegal) -> Finding:
+def _illegal(raw: RawRecord, shown: str, error: Illegal) -> Finding:
     assert isinstance(raw.data, bytes)
     before = raw.data.decode("utf-8", "replace")[: error.position]
-    line = raw.line + before.count("\n")
-    column = len(before) - (before.rfind("\n") + 1) + 1
+    newlines = before.count("\n")
+    line = raw.line + newlines
+    column = len(before) - (before.rfind("\n") + 1) + (1 if newlines else raw.column)
     finding = record_finding(raw, shown, error.code, "$", error.message, error.help)
     return msgspec.structs.replace(finding, line=line, column=column)
 
@@ -174,7 +212,7 @@ def record_finding(
     return Finding(
         file=shown,
         line=raw.line,
-        column=1,
+        column=raw.column,
         byte_offset=raw.byte_offset,
         code=code,
         severity=severity or CODES[code].severity,

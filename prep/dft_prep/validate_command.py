@@ -1,4 +1,4 @@
-"""`dft-prep validate`: every finding of every file, as they come; a build's own judgement, without a build.
+"""`dft-prep validate`: every finding of every file, in order, as they come; a build's own judgement, without a build.
 
 Called by `cli`. With a tokenizer the records are rendered and encoded too, so that template refusals, empty masks and
 lengths are found.
@@ -8,28 +8,48 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
 
 from dft_common.errors import EXIT_BAD_DATA, DataError, SetupError
-from dft_common.records import Conversation, Finding
+from dft_common.logs import get_logger
+from dft_common.records import Finding
+from dft_prep.baseline import finding_fingerprint, read_baseline
 from dft_prep.codes import CODES
-from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import ReferenceEncoder, choose_encoder
-from dft_prep.findings import Summary, as_github, as_json, as_text, summary_text
+from dft_prep.engine import default_workers, run_units
+from dft_prep.fields import field_uses
+from dft_prep.findings import FindingWriter, make_writer
 from dft_prep.progress import Progress
-from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.recipe import parse_date, parse_template_kwargs, prepare_tokenizer
-from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
+from dft_prep.reconciliation import source_fields
+from dft_prep.seen import Duplicate, Seen
+from dft_prep.severities import Severities, parse_severities
 from dft_prep.sources import Source, resolve_sources
+from dft_prep.summary import Summary, summary_text
+from dft_prep.survey import Portion, Room, SurveyContext, SurveyJob, file_finding
 from dft_prep.units import Unit, plan_units
-from dft_prep.validate import Judge, record_finding
-from dft_prep.work import refusal_finding
 
-_BATCH_ROWS = 200
+if TYPE_CHECKING:
+    from dft_prep.work import WorkContext
+
+_HELD_FINDINGS = 10_000
+"""Findings of units that finished early, waiting for their turn; beyond that they are only counted."""
+
+
+_BUILD_FLAGS = (
+    "data_files",
+    "tokenizer",
+    "chat_template",
+    "add_chatml_tokens",
+    "train_on",
+    "unroll_turns",
+    "chat_template_kwargs",
+    "error",
+    "warn",
+    "ignore",
+)
 
 
 class ValidateOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,163 +66,251 @@ class ValidateOptions(msgspec.Struct, frozen=True, kw_only=True):
     special_tokens_in_text: Literal["encode", "quarantine", "error"] = "encode"
     template_date: str | None = None
     max_length: int | None = None
-    format: Literal["text", "json", "github"] = "text"
+    error: tuple[str, ...] = ()
+    warn: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    baseline: str | None = None
+    format: Literal["text", "json", "jsonl", "github", "sarif", "junit"] = "text"
     output: str | None = None
     max_errors: int = 100
     strict: bool = False
-
-
-class _Encoding:
-    """Renders and encodes good records, and finds what a tokenizer is needed to find."""
-
-    def __init__(self, options: ValidateOptions, summary: Summary) -> None:
-        assert options.tokenizer is not None
-        tokenizer, template = prepare_tokenizer(options.tokenizer, options.chat_template, options.add_chatml_tokens)
-        date = parse_date(options.template_date or datetime.date.today().isoformat())
-        render = RenderOptions(
-            train_on=options.train_on,
-            unroll_turns=options.unroll_turns,
-            chat_template_kwargs=parse_template_kwargs(options.chat_template_kwargs),
-            # What stops a build at its first record is a finding like any other here.
-            unsupported_tools="quarantine" if options.unsupported_tools == "error" else options.unsupported_tools,
-            special_tokens_in_text="quarantine"
-            if options.special_tokens_in_text == "error"
-            else options.special_tokens_in_text,
-        )
-        self.renderer = Renderer(template.source, tokenizer, date, render)
-        reference = ReferenceEncoder(tokenizer)
-        engine = choose_encoder("auto", tokenizer, reference, [])
-        self.encoder = BatchEncoder(self.renderer, tokenizer, engine, reference)
-        self.max_length = options.max_length
-        self.summary = summary
-        self.waiting: list[tuple[Rendered, RawRecord, str]] = []
-        summary.tokens = {"total": 0, "trained": 0, "longest": 0}
-
-    def add(self, conversation: Conversation, raw: RawRecord, shown: str) -> Iterator[Finding]:
-        try:
-            rows = self.renderer.rows(conversation)
-        except RenderRefusal as refusal:
-            yield refusal_finding(refusal, raw, shown)
-            return
-        self.summary.good += 1
-        self.waiting += [(rendered, raw, shown) for rendered in rows]
-        if len(self.waiting) >= _BATCH_ROWS:
-            yield from self.flush()
-
-    def flush(self) -> Iterator[Finding]:
-        if not self.waiting:
-            return
-        batch = self.encoder.encode([rendered for rendered, _, _ in self.waiting])
-        lengths = (batch.offsets[1:] - batch.offsets[:-1]).tolist()
-        tokens = self.summary.tokens
-        tokens["total"] += len(batch.input_ids)
-        tokens["trained"] += int((batch.weights > 0).sum())
-        tokens["longest"] = max(tokens["longest"], *lengths)
-        for (_, raw, shown), length in zip(self.waiting, lengths, strict=True):
-            if self.max_length is not None and length > self.max_length:
-                message = f"{length:,} tokens, --max_length is {self.max_length:,}"
-                yield record_finding(raw, shown, "overlong", "$.messages", message)
-        self.waiting.clear()
-
-
-def _unreadable(shown: str, error: DataError) -> Finding:
-    """A file that cannot be read at all ends a build; here it is one finding among the others."""
-    return Finding(
-        file=shown,
-        line=1,
-        column=1,
-        byte_offset=0,
-        code="unreadable_file",
-        severity=CODES["unreadable_file"].severity,
-        path="$",
-        message=error.message.removeprefix(f"{shown}: "),
-        help=error.remedy,
-    )
-
-
-def _findings(sources: list[Source], summary: Summary, encoding: _Encoding | None) -> Iterator[Finding]:
-    planned: list[tuple[str, list[Unit]]] = []
-    for source in sources:
-        for file in source.files:
-            try:
-                planned.append((source.name, plan_units(file, source.name)))
-            except DataError as error:
-                yield _unreadable(file.shown, error)
-    size = sum(unit.size for _, units in planned for unit in units)
-    with Progress(size) as progress:
-        for name, units in planned:
-            lines = 0
-            for unit in units:
-                reader = UnitReader(unit)
-                try:
-                    yield from _unit_findings(reader, unit, name, lines, summary, encoding, progress)
-                except DataError as error:
-                    yield _unreadable(unit.file.shown, error)
-                lines += reader.lines
-    if encoding is not None:
-        yield from encoding.flush()
-
-
-def _unit_findings(
-    reader: UnitReader,
-    unit: Unit,
-    source: str,
-    lines: int,
-    summary: Summary,
-    encoding: _Encoding | None,
-    progress: Progress,
-) -> Iterator[Finding]:
-    before = summary.records
-    judge = Judge(unit.file.shown, unit.reading)
-    for record in reader:
-        raw = msgspec.structs.replace(record, line=record.line + lines) if lines else record
-        summary.records += 1
-        judged = judge(raw)
-        if isinstance(judged, Finding):
-            yield judged
-            continue
-        summary.count_fields(source, judged.ignored)
-        yield from judged.notes
-        if encoding is None:
-            summary.good += 1
-        else:
-            yield from encoding.add(judged.conversation, raw, unit.file.shown)
-    progress.advance(unit.size, summary.records - before, 0)
+    preprocessing_num_workers: int | None = None
 
 
 def run_validate(options: ValidateOptions) -> int:
     """Validate, print, and return the exit code: 1 where there is an error (with --strict, a warning)."""
+    severities = parse_severities(options.error, options.warn, options.ignore)
+    known = read_baseline(options.baseline) if options.baseline is not None else frozenset()
     sources = resolve_sources(options.data_files)
-    summary = Summary()
-    encoding = _Encoding(options, summary) if options.tokenizer is not None else None
     if options.output is None:
-        _write(sources, summary, encoding, options, sys.stdout)
+        summary = _Validation(options, severities, known, sources, sys.stdout).run()
     else:
         try:
-            with Path(options.output).open("w", encoding="utf-8") as out:
-                _write(sources, summary, encoding, options, out)
+            with Path(options.output).open("w", encoding="utf-8", errors="backslashreplace") as out:
+                summary = _Validation(options, severities, known, sources, out).run()
         except OSError as error:
             raise SetupError(f"--output {options.output}: {error.strerror}", remedy="give a file to write") from None
     sys.stderr.write(summary_text(summary) + "\n")
-    failing = ("error", "warning") if options.strict else ("error",)
-    return EXIT_BAD_DATA if any(summary.severities.get(severity) for severity in failing) else 0
+    return EXIT_BAD_DATA if any(summary.severities.get(severity) for severity in failing(options)) else 0
 
 
-def _write(
-    sources: list[Source], summary: Summary, encoding: _Encoding | None, options: ValidateOptions, out: TextIO
-) -> None:
-    kept: list[Finding] = []
-    shown = 0
-    for finding in _findings(sources, summary, encoding):
-        summary.count(finding)
-        shown += 1
-        if shown > options.max_errors:
-            continue
-        if options.format == "json":
-            kept.append(finding)
-        else:
-            out.write((as_text(finding) if options.format == "text" else as_github(finding)) + "\n")
-    if options.format == "json":
-        out.write(as_json(kept, summary))
-    elif shown > options.max_errors:
-        sys.stderr.write(f"{shown - options.max_errors:,} more findings are not shown (--max_errors)\n")
+def failing(options: ValidateOptions) -> tuple[str, ...]:
+    """The severities that fail a validation."""
+    return ("error", "warning") if options.strict else ("error",)
+
+
+class _Planned(msgspec.Struct, frozen=True):
+    unit: Unit
+    source: int
+    file: int
+    """Numbers the files of all sources."""
+
+
+class _Validation:
+    """A validation while it runs: what was found so far, and what is to be shown next."""
+
+    def __init__(
+        self,
+        options: ValidateOptions,
+        severities: Severities,
+        known: frozenset[str],
+        sources: list[Source],
+        out: TextIO,
+    ) -> None:
+        self._options, self._severities, self._known, self._sources = options, severities, known, sources
+        self._writer: FindingWriter = make_writer(options.format, out, failing(options))
+        self._summary = Summary()
+        self._seen = Seen()
+        self._room = Room(options.max_errors)
+        self._held = 0
+        self._planned: list[_Planned] = []
+        self._lines_before: dict[int, int] = {}
+        """By unit: lines of its file before it, where there are any."""
+        self._fields: list[list[list[tuple[str, str, str, int]]]] = [[] for _ in sources]
+        self._formats: dict[int, Counter[str]] = {}
+        """By file."""
+
+    def run(self) -> Summary:
+        """Raises DataError where a build would end before its first record."""
+        self._plan()
+        units = [planned.unit for planned in self._planned]
+        context = SurveyContext(
+            severities=self._severities,
+            known=self._known,
+            most=self._options.max_errors,
+            encoding=self._encoding(units),
+            max_length=self._options.max_length,
+        )
+        workers = self._options.preprocessing_num_workers or default_workers()
+        waiting: dict[int, list[Portion]] = {}
+        front = 0
+        with Progress(sum(unit.size for unit in units)) as progress:
+            for number, portion in run_units(units, SurveyJob(context), workers, in_order=True):
+                progress.advance(portion.size, portion.records, portion.tokens)
+                self._count(number, portion)
+                waiting.setdefault(number, []).append(portion)
+                front = self._show_in_order(front, waiting)
+        self._show_duplicates()
+        return self._finish()
+
+    def _plan(self) -> None:
+        file_number = 0
+        for source_number, source in enumerate(self._sources):
+            for file in source.files:
+                self._summary.files.append(file.shown)
+                try:
+                    for unit in plan_units(file, source.name, source.reading):
+                        self._planned.append(_Planned(unit, source_number, file_number))
+                except DataError as error:
+                    self._add(file_finding(file.shown, error), b"")
+                file_number += 1
+
+    def _encoding(self, units: list[Unit]) -> WorkContext | None:
+        """How a build with these flags would encode; its checks at the start are made here too."""
+        options = self._options
+        if options.tokenizer is None:
+            return None
+        # Here, so that a validation without a tokenizer starts without them.
+        from dft_prep.learn import learn, sample
+        from dft_prep.recipe import BuildOptions, make_recipe, parse_date
+        from dft_prep.stops import stop_warnings
+        from dft_prep.work import work_context
+
+        flags = {name: getattr(options, name) for name in _BUILD_FLAGS}
+        recipe = make_recipe(
+            BuildOptions(
+                **flags,
+                output_dir="",
+                # What stops a build at its first record is a finding like any other here.
+                unsupported_tools="quarantine" if options.unsupported_tools == "error" else options.unsupported_tools,
+                special_tokens_in_text="quarantine"
+                if options.special_tokens_in_text == "error"
+                else options.special_tokens_in_text,
+            ),
+            parse_date(options.template_date or datetime.date.today().isoformat()),
+        )
+        encoder, template = learn(recipe, sample(units), "auto")
+        for warning in stop_warnings(recipe.tokenizer, template.end_of_turn):
+            get_logger().warning("%s", warning)
+        return work_context(recipe, encoder.encoder.name, Path())
+
+    def _count(self, number: int, portion: Portion) -> None:
+        summary, planned = self._summary, self._planned[number]
+        summary.records += portion.records
+        summary.good += portion.good
+        summary.known += portion.known
+        for (code, severity), times in portion.codes.items():
+            summary.count(code, severity, times)
+        if self._options.tokenizer is not None:
+            tokens = summary.tokens
+            tokens["total"] = tokens.get("total", 0) + portion.tokens
+            tokens["trained"] = tokens.get("trained", 0) + portion.trained
+            tokens["longest"] = max(tokens.get("longest", 0), portion.longest)
+        portion.seen["unit"] = number
+        self._seen.add(portion.seen)
+        if portion.lines >= 0:
+            self._fields[planned.source].append(portion.fields)
+            formats = self._formats.setdefault(planned.file, Counter())
+            formats.update({form: times for form, path, _, times in portion.fields if not path})
+        # What is found in units that finish early waits for its turn; of too much only the counts are kept.
+        self._held += len(portion.found)
+        if self._held > _HELD_FINDINGS:
+            portion.found.clear()
+
+    def _show_in_order(self, front: int, waiting: dict[int, list[Portion]]) -> int:
+        """Show what has come of the unit whose turn it is, and of those behind it when it is through."""
+        while portions := waiting.pop(front, None):
+            for portion in portions:
+                self._held -= len(portion.found)
+                for found in portion.found:
+                    self._show(self._in_file(found.finding, front), found.fingerprint)
+            if portions[-1].lines < 0:
+                break
+            self._through(front, portions[-1].lines)
+            front += 1
+        return front
+
+    def _through(self, number: int, lines: int) -> None:
+        planned = self._planned[number]
+        following = self._planned[number + 1] if number + 1 < len(self._planned) else None
+        if following is not None and following.file == planned.file:
+            self._lines_before[number + 1] = self._lines_before.get(number, 0) + lines
+            return
+        formats = self._formats[planned.file]
+        if len(formats) > 1:
+            shares = ", ".join(f"{name} {times:,}" for name, times in formats.most_common())
+            self._note(planned.unit.file.shown, "mixed_shapes", f"records of several shapes: {shares}")
+
+    def _in_file(self, finding: Finding, number: int) -> Finding:
+        before = self._lines_before.get(number, 0)
+        return msgspec.structs.replace(finding, line=finding.line + before) if before else finding
+
+    def _show_duplicates(self) -> None:
+        severity = self._severities.of("duplicate")
+        if severity == "ignore":
+            return
+        room = self._options.max_errors - self._room.shown
+        count, found = self._seen.count_and_first(sys.maxsize if self._known else max(0, room))
+        self._summary.count("duplicate", severity, count - len(found))
+        for duplicate in found:
+            self._add(self._duplicate_finding(duplicate, severity), duplicate.record["low"].tobytes())
+
+    def _duplicate_finding(self, duplicate: Duplicate, severity: Any) -> Finding:
+        (file, line), (first_file, first_line) = (
+            (self._planned[unit].unit.file.shown, int(row["line"]) + self._lines_before.get(unit, 0))
+            for row in duplicate
+            for unit in [int(row["unit"])]
+        )
+        return Finding(
+            file=file,
+            line=line,
+            column=1,
+            byte_offset=int(duplicate.record["byte_offset"]),
+            code="duplicate",
+            severity=severity,
+            path="$",
+            message=f"the same conversation as {first_file}:{first_line}",
+            help=CODES["duplicate"].remedy,
+        )
+
+    def _note(self, file: str, code: str, message: str) -> None:
+        severity = self._severities.of(code)
+        if severity != "ignore":
+            help = CODES[code].remedy
+            self._add(
+                Finding(
+                    file=file,
+                    line=1,
+                    column=1,
+                    byte_offset=0,
+                    code=code,
+                    severity=severity,
+                    path="$",
+                    message=message,
+                    help=help,
+                ),
+                b"",
+            )
+
+    def _add(self, finding: Finding, raw: bytes) -> None:
+        """Count and show a finding that no unit reported."""
+        fingerprint = finding_fingerprint(finding, raw)
+        if fingerprint in self._known:
+            self._summary.known += 1
+            return
+        self._summary.count(finding.code, finding.severity, 1)
+        self._show(finding, fingerprint)
+
+    def _show(self, finding: Finding, fingerprint: str) -> None:
+        if self._room.takes(finding):
+            self._writer.add(finding, fingerprint)
+
+    def _finish(self) -> Summary:
+        summary = self._summary
+        summary.sources = [
+            source_fields(source.name, field_uses(counts))
+            for source, counts in zip(self._sources, self._fields, strict=True)
+        ]
+        summary.hidden = sum(times for name, times in summary.severities.items() if name != "info") - self._room.telling
+        self._writer.close(summary)
+        return summary

@@ -10,29 +10,30 @@ from __future__ import annotations
 import datetime
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from dft_common.errors import DataError
 from dft_common.fingerprint import hash_object
 from dft_common.manifest import write_atomically
 from dft_common.records import Finding
 from dft_common.schema import TokenDtype
-from dft_prep.checks import check_conversation
 from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, make_encoder
+from dft_prep.examine import Examiner
 from dft_prep.parts import PartWriter
 from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.render import Rendered, Renderer, RenderOptions, RenderRefusal
+from dft_prep.recipe import Recipe
+from dft_prep.render import Rendered, Renderer, RenderOptions
 from dft_prep.rows import Rows
 from dft_prep.sandbox import WATCH
 from dft_prep.severities import Severities
-from dft_prep.split import KEY_DTYPE, conversation_key
+from dft_prep.split import KEY_DTYPE
 from dft_prep.tokenizer_files import TokenizerFiles
 from dft_prep.units import Unit, unit_fingerprint
-from dft_prep.validate import Judge, quarantine_line, record_finding
+from dft_prep.validate import quarantine_line
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
@@ -53,6 +54,22 @@ class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
     severities: Severities
 
 
+def work_context(recipe: Recipe, encoder: str, parts_dir: Path) -> WorkContext:
+    """encoder: the name of the one that `learn` chose."""
+    return WorkContext(
+        tokenizer=recipe.tokenizer,
+        template_source=recipe.template.source,
+        date=recipe.date,
+        render_options=recipe.render_options,
+        encoder=encoder,
+        token_dtype=recipe.options.token_dtype,
+        encoding_key=recipe.encoding_key(),
+        parts_dir=parts_dir,
+        stop_at_first=recipe.options.on_error == "stop",
+        severities=recipe.severities,
+    )
+
+
 class PartInfo(msgspec.Struct, kw_only=True):
     """What is in a part, and what was left out of it."""
 
@@ -61,7 +78,8 @@ class PartInfo(msgspec.Struct, kw_only=True):
     tokens: int = 0
     left_out: dict[str, int] = {}
     notes: dict[str, int] = {}
-    ignored: dict[str, int] = {}
+    fields: list[tuple[str, str, str, int]] = []
+    """`FieldCounts.counts()`."""
     lines: int = 0
     """Newlines in the unit: line numbers in its findings count from the unit's start."""
 
@@ -93,7 +111,6 @@ class _Part:
         self.info = PartInfo()
         self.left_out: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
-        self.ignored: Counter[str] = Counter()
         self.rows: list[Rendered] = []
         self.keys: list[tuple[int, int, int]] = []
         self.characters = 0
@@ -130,13 +147,13 @@ class _Part:
         self.info.tokens += len(rows.input_ids)
         self.rows, self.keys, self.characters = [], [], 0
 
-    def close(self, lines: int) -> PartInfo:
+    def close(self, lines: int, fields: list[tuple[str, str, str, int]]) -> PartInfo:
         self.flush()
         self.writer.close()
         self.quarantine.close()
         self._quarantine_temporary.replace(self._quarantine_path)
         self.info.left_out, self.info.notes = dict(self.left_out), dict(self.notes)
-        self.info.ignored, self.info.lines = dict(self.ignored), lines
+        self.info.fields, self.info.lines = fields, lines
         assert self.info.read == self.info.kept + sum(self.left_out.values())
         return self.info
 
@@ -154,11 +171,20 @@ def make_batch_encoder(context: WorkContext) -> BatchEncoder:
     return BatchEncoder(renderer, context.tokenizer, encoder, reference)
 
 
+class EncodeJob(msgspec.Struct, frozen=True):
+    """What `engine` sends to each worker process."""
+
+    context: WorkContext
+
+    def start(self) -> Callable[[Unit], Iterator[Finding | UnitResult]]:
+        return Worker(self.context, make_batch_encoder(self.context)).run
+
+
 class Worker:
     """Ready for units."""
 
     def __init__(self, context: WorkContext, encoder: BatchEncoder) -> None:
-        self.context, self.encoder, self.renderer = context, encoder, encoder.renderer
+        self.context, self.encoder = context, encoder
 
     def part_key(self, unit: Unit, fingerprint: str) -> str:
         context = self.context
@@ -174,61 +200,54 @@ class Worker:
         ]
         return hash_object(made_by)
 
-    def run(self, unit: Unit) -> UnitResult:
-        """Make the part of `unit`, or find it made. Raises DataError, or EncoderMismatch."""
+    def run(self, unit: Unit) -> Iterator[Finding | UnitResult]:
+        """Make the part of `unit`, or find it made. Raises DataError, or EncoderMismatch.
+
+        Yields its result, or with --on_error stop the finding that stopped it (its line counted from the unit's start).
+        """
         fingerprint = unit_fingerprint(unit)
         key = self.part_key(unit, fingerprint)
         info_path = part_info_path(self.context.parts_dir, key)
         try:
             info = msgspec.json.decode(info_path.read_bytes(), type=PartInfo)
-            return UnitResult(key=key, fingerprint=fingerprint, info=info)
+            if info.left_out and self.context.stop_at_first:
+                yield self._first_left_out(key)
+            yield UnitResult(key=key, fingerprint=fingerprint, info=info)
+            return
         except (FileNotFoundError, msgspec.MsgspecError):
             pass
         part = _Part(self, key)
         try:
             reader = UnitReader(unit)
-            judge = Judge(unit.file.shown, unit.reading, self.context.severities)
+            examine = Examiner(unit, self.context.severities, self.encoder)
             with WATCH.on():
                 for raw in reader:
                     part.info.read += 1
-                    self._one(part, raw, judge)
-            info = part.close(reader.lines)
+                    finding = self._one(part, raw, examine)
+                    if finding is not None and self.context.stop_at_first:
+                        part.abandon()
+                        yield finding
+                        return
+            info = part.close(reader.lines, examine.judge.field_counts())
         except BaseException:
             part.abandon()
             raise
         write_atomically(info_path, msgspec.json.encode(info))
-        return UnitResult(key=key, fingerprint=fingerprint, info=info)
+        yield UnitResult(key=key, fingerprint=fingerprint, info=info)
 
-    def _one(self, part: _Part, raw: RawRecord, judge: Judge) -> None:
-        judged = judge(raw)
-        if isinstance(judged, Finding):
-            self._leave_out(part, raw, judged)
-            return
-        part.ignored.update(judged.ignored)
-        part.notes.update({note.code for note in judged.notes})
-        try:
-            rows = self.renderer.rows(judged.conversation)
-        except RenderRefusal as refusal:
-            self._leave_out(part, raw, refusal_finding(refusal, raw, judge.shown))
-            return
-        part.notes.update({note for rendered in rows for note in rendered.notes})
-        key = conversation_key(judged.conversation)
-        if key[0] % CHECKED_ONE_IN == 0:
-            for rendered in rows:
+    def _first_left_out(self, key: str) -> Finding:
+        with part_quarantine_path(self.context.parts_dir, key).open("rb") as lines:
+            return msgspec.json.decode(next(lines), type=Finding)
+
+    def _one(self, part: _Part, raw: RawRecord, examine: Examiner) -> Finding | None:
+        """Add a record to the part, or to its quarantine for what is returned."""
+        examined = examine(raw)
+        if isinstance(examined, Finding):
+            part.leave_out(examined, raw)
+            return examined
+        part.notes.update({note.code for note in examined.notes})
+        if examined.key[0] % CHECKED_ONE_IN == 0:
+            for rendered in examined.rows:
                 self.encoder.check(rendered)
-            check_conversation(self.renderer, self.encoder, judged.conversation)
-        part.add(rows, key)
-
-    def _leave_out(self, part: _Part, raw: RawRecord, finding: Finding) -> None:
-        if self.context.stop_at_first:
-            raise DataError(
-                f"{finding.file}:{finding.byte_offset}: {finding.code} {finding.path}: {finding.message} (byte offset; "
-                "--on_error stop)",
-                remedy=finding.help or "repair the record, or use --on_error quarantine",
-            )
-        part.leave_out(finding, raw)
-
-
-def refusal_finding(refusal: RenderRefusal, raw: RawRecord, shown: str) -> Finding:
-    """A refusal of template or mask as a finding about the record."""
-    return record_finding(raw, shown, refusal.code, refusal.path, refusal.message, severity="error")
+        part.add(examined.rows, examined.key)
+        return None

@@ -113,5 +113,5 @@ def test_a_file_that_is_no_chat_data_is_one_finding_among_the_others(mixed, dft_
     (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n\x1a\n")
     words = ["--data_files", "picture.jsonl", mixed, "--format", "json"]
     found = json.loads(dft_prep("validate", *words, check=1).stdout)["findings"]
-    assert [finding["code"] for finding in found][:2] == ["unreadable_file", "no_assistant"]
+    assert [finding["code"] for finding in found][:2] == ["other_kind", "no_assistant"]
     assert "PNG" in found[0]["message"]

@@ -8,7 +8,9 @@ import fsspec
 import pytest
 
 from dft_common.errors import SetupError
+from dft_prep.files import FileError
 from dft_prep.sources import resolve_sources
+from dft_prep.units import plan_units
 
 LINE = b'{"messages": []}\n'
 
@@ -104,8 +106,6 @@ def test_a_mapping_may_set_the_split_and_a_limit():
         ("x*.jsonl", "x*.jsonl"),
         ("empty", "empty"),
         ("nothing", "nothing"),
-        ("dangling.jsonl", "dangling.jsonl"),
-        ("loop.jsonl", "loop.jsonl"),
         ("pipe", "not a regular file"),
         ("nosuch://bucket/a.jsonl", "nosuch"),
         ("memory://nothing-there/*.jsonl", "no file matches"),
@@ -115,8 +115,6 @@ def test_what_is_not_there_is_a_usage_error_with_a_remedy(corpus, argument, mess
     (corpus / "empty").mkdir()
     (corpus / "nothing").mkdir()
     (corpus / "nothing" / "notes.txt").write_text("x")
-    (corpus / "dangling.jsonl").symlink_to("gone")
-    (corpus / "loop.jsonl").symlink_to("loop.jsonl")
     os.mkfifo(corpus / "pipe")
     with pytest.raises(SetupError) as raised:
         resolve_sources([argument])
@@ -124,11 +122,20 @@ def test_what_is_not_there_is_a_usage_error_with_a_remedy(corpus, argument, mess
     assert raised.value.remedy
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_a_usage_error(corpus):
-    (corpus / "data" / "a.json").chmod(0)
-    with pytest.raises(SetupError, match=r"a\.json"):
-        resolve_sources(["data"])
+def test_a_file_that_cannot_be_opened_is_told_when_it_is_read(corpus):
+    """So that a validation reports it among its findings."""
+    (corpus / "data" / "dangling.jsonl").symlink_to("gone")
+    (corpus / "data" / "loop.jsonl").symlink_to("loop.jsonl")
+    (corpus / "data" / "secret.jsonl").write_text("{}")
+    (corpus / "data" / "secret.jsonl").chmod(0)
+    (source,) = resolve_sources(["data"])
+    files = {file.relative: file for file in source.files}
+    unreadable = ["dangling.jsonl", "loop.jsonl", *(["secret.jsonl"] if os.geteuid() else [])]
+    for name in unreadable:
+        with pytest.raises(FileError) as refusal:
+            plan_units(files[name], "data")
+        assert refusal.value.code == "unreadable_file"
+        assert name in refusal.value.message
 
 
 def test_a_missing_driver_is_named():

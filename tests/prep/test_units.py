@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import logging
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +11,8 @@ import zstandard
 
 from dft_common.errors import DataError
 from dft_prep import units
+from dft_prep.files import FileError
+from dft_prep.readers import UnitReader
 from dft_prep.sources import resolve_sources
 from dft_prep.units import plan_units, unit_fingerprint
 
@@ -46,7 +47,8 @@ KINDS = {
     "a line longer than what is looked at": (b'{"a": "' + b"x" * 3_000_000 + b'"}\n' + RECORD, "lines", "none"),
     "a deep line": (b'{"a": ' + b"[" * 20_000, "lines", "none"),
     "an array": (b" \n[" + RECORD + b"]", "array", "none"),
-    "an array in a .jsonl": (b"[\n" + RECORD + b",\n" + RECORD + b"\n]", "array", "none"),
+    "an array over lines": (b"[\n" + RECORD + b",\n" + RECORD + b"\n]", "array", "none"),
+    "an array that is one of many lines": (b"[1]\n" + RECORD + b"\n" + RECORD, "lines", "none"),
     "a pretty object": (PRETTY, "object", "none"),
     "pretty objects": (PRETTY + b"\n" + PRETTY, "object", "none"),
     "gzip lines": (gzip.compress(RECORD), "lines", "gzip"),
@@ -59,7 +61,12 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_content_decides_what_a_file_is(plan, name):
     data, kind, compression = KINDS[name]
-    for suffix in ("a.jsonl", "a.json", "a.txt"):
+    names = ["a.jsonl", "a.json", "a.txt"]
+    if kind == "array":
+        names.remove("a.jsonl")
+    if "one of many" in name:
+        names = ["a.jsonl"]
+    for suffix in names:
         (unit,) = plan(data, suffix)
         assert (unit.kind, unit.compression, unit.start, unit.end) == (kind, compression, 0, -1)
 
@@ -67,7 +74,7 @@ def test_content_decides_what_a_file_is(plan, name):
 OTHERS = {
     "PNG": b"\x89PNG\r\n\x1a\n" + bytes(50),
     "zip": b"PK\x03\x04" + bytes(50),
-    "xz": b"\xfd7zXZ\0" + bytes(50),
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
     "UTF-16": RECORD.decode().encode("utf-16"),
     "UTF-16 ": RECORD.decode().encode("utf-16-le"),
     "hello": b"hello world\nthis is text\n",
@@ -84,11 +91,33 @@ def test_a_file_of_another_kind_is_named_and_said_to_be_what_it_is(plan, found):
     assert raised.value.remedy
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz"])
+def test_an_array_that_is_called_jsonl_is_refused_with_the_remedy(plan, name):
+    data = b"[\n" + RECORD + b",\n" + RECORD + b"\n]"
+    with pytest.raises(FileError) as refusal:
+        plan(gzip.compress(data) if name.endswith("gz") else data, name)
+    assert refusal.value.code == "array_in_jsonl"
+    assert "jq -c '.[]'" in refusal.value.remedy
+
+
+def notes_of(units) -> list[str]:
+    return [code for unit in units for code, _ in unit.notes]
+
+
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf", b" \r\n\n", gzip.compress(b"", mtime=0)])
-def test_an_empty_file_has_no_units_and_a_warning(plan, caplog, data):
-    with caplog.at_level(logging.WARNING, "dft"):
-        assert plan(data) == []
-    assert "empty" in caplog.text
+def test_an_empty_file_is_one_unit_without_records_and_says_so(plan, data):
+    planned = plan(data)
+    assert notes_of(planned) == ["empty_file"]
+    assert [list(UnitReader(unit)) for unit in planned] == [[]]
+
+
+def test_what_is_odd_about_a_file_as_a_whole_is_noted_once(plan, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 30)
+    lines = (RECORD + b"\n") * 5
+    assert notes_of(plan(lines, "a.json")) == ["lines_in_json"]
+    assert notes_of(plan(lines, "a.jsonl")) == []
+    assert notes_of(plan(RECORD, "a.json")) == []
+    assert notes_of(plan(PRETTY * 2, "a.json")) == ["objects_over_lines"]
 
 
 def test_plain_lines_are_cut_at_fixed_places_and_nothing_else_is(plan, monkeypatch):
@@ -96,7 +125,7 @@ def test_plain_lines_are_cut_at_fixed_places_and_nothing_else_is(plan, monkeypat
     lines = (RECORD + b"\n") * 5
     assert [(unit.start, unit.end) for unit in plan(lines)] == [(0, 100), (100, 200), (200, -1)]
     assert len(plan(gzip.compress(lines))) == 1
-    assert len(plan(b"[" + b",".join([RECORD] * 5) + b"]")) == 1
+    assert len(plan(b"[" + b",".join([RECORD] * 5) + b"]", "a.json")) == 1
 
 
 def test_a_fingerprint_is_of_the_lines_of_the_unit_alone(plan, monkeypatch):

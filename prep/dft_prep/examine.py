@@ -1,0 +1,78 @@
+"""One raw record -> what a build would make of it: judged, and with a tokenizer rendered. The one way there is.
+
+Called by `work` (build) and `survey` (validate), so that "good" means that the build will take it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from dft_common.records import Conversation, Finding
+from dft_prep.codes import CODES
+from dft_prep.readers import RawRecord
+from dft_prep.severities import Severities
+from dft_prep.split import conversation_key
+from dft_prep.units import Unit
+from dft_prep.validate import Judge, first_error, record_finding
+
+if TYPE_CHECKING:
+    from dft_prep.encode import BatchEncoder
+    from dft_prep.render import Rendered
+
+_NO_ROWS: list[Rendered] = []
+_NO_KEY = (0, 0)
+
+
+class Good(msgspec.Struct):
+    """A record that a build takes."""
+
+    conversation: Conversation
+    notes: list[Finding]
+    """Warnings and infos: they do not leave it out."""
+    rows: list[Rendered]
+    """Empty without a tokenizer."""
+    key: tuple[int, int]
+    """`conversation_key`; (0, 0) without a tokenizer."""
+
+
+class Examiner:
+    """Examines the records of one unit."""
+
+    def __init__(self, unit: Unit, severities: Severities, encoder: BatchEncoder | None) -> None:
+        """encoder: None without a tokenizer."""
+        self.judge = Judge(unit.file.shown, unit.reading, severities)
+        self._severities, self._encoder = severities, encoder
+
+    def __call__(self, raw: RawRecord) -> Good | Finding:
+        """A finding leaves the record out. Raises DataError where a mask is not what inference would have generated."""
+        judged = self.judge(raw)
+        if isinstance(judged, Finding):
+            return judged
+        conversation, notes = judged.conversation, judged.notes
+        if self._encoder is None:
+            return Good(conversation, notes, _NO_ROWS, _NO_KEY)
+        return self._rendered(self._encoder, conversation, notes, raw)
+
+    def _rendered(
+        self, encoder: BatchEncoder, conversation: Conversation, notes: list[Finding], raw: RawRecord
+    ) -> Good | Finding:
+        # Here, so that a validation without a tokenizer starts without them.
+        from dft_prep.checks import check_conversation
+        from dft_prep.encode import CHECKED_ONE_IN
+        from dft_prep.render import RenderRefusal
+
+        try:
+            rows = encoder.renderer.rows(conversation)
+        except RenderRefusal as refusal:
+            shown = self.judge.shown
+            return record_finding(raw, shown, refusal.code, refusal.path, refusal.message, severity="error")
+        for code in dict.fromkeys(note for rendered in rows for note in rendered.notes):
+            self.judge.note(notes, raw, code, "$", CODES[code].meaning)
+        if notes and (bad := first_error(notes)):
+            return bad
+        key = conversation_key(conversation)
+        if key[0] % CHECKED_ONE_IN == 0:
+            check_conversation(encoder.renderer, encoder, conversation)
+        return Good(conversation, notes, rows, key)

@@ -1,0 +1,112 @@
+"""The quick way for plain records: `{"messages": [{"role": ..., "content": ...}, ...]}`, and fields that are not used.
+
+Called by `validate.Judge`. A record that the ordinary way found plain teaches the names of its unused fields; records
+with the same names are then decoded straight into a `Conversation`. The outcome is that of the ordinary way, always:
+whatever differs in the least (another key, a null, a tool call) is not taken here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dft_common.records import Conversation, Message
+from dft_prep.fields import Signature
+from dft_prep.formats import KNOWN_FIELDS
+from dft_prep.repeats import quotes_of
+
+_GIVE_UP_AFTER = 100
+_MOST_NAMES = 30
+_QUOTES_OF_MESSAGE = 8
+_PLAIN_KEYS = {"role", "content"}
+_MESSAGE_FIELDS = (("messages[].role", str), ("messages[].content", str))
+
+
+class PlainReader:
+    """Reads plain records whose unused fields are those that it learnt. One a work unit."""
+
+    def __init__(self) -> None:
+        self._decode: Any = None
+        self._decoders: dict[tuple[str, ...], Any] = {}
+        self._names: tuple[str, ...] = ()
+        self._quotes = 0
+        self._misses = self._hits = 0
+        self.new: Signature | None = None
+        """Of the record that was read last, where none before it had these fields and types."""
+        self._counts: dict[tuple[type, ...], list[Any]] = {}
+        """By the types of the unused fields: [signature, how often it was read]. Of the names that were learnt last."""
+        self._earlier: list[list[Any]] = []
+
+    def read(self, data: bytes) -> Conversation | None:
+        """The conversation, or None where the record is not of the learnt kind."""
+        if self._decode is None:
+            return None
+        try:
+            record = self._decode(data)
+            quotes, types = self._quotes, ()
+            if self._names:
+                unused = msgspec.structs.astuple(record)[1:]
+                quotes += sum(map(quotes_of, unused))
+                types = tuple(map(type, unused))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return self._missed()
+        messages = record.messages
+        contents = [message.content for message in messages]
+        if None in contents or not messages:
+            return self._missed()
+        if messages[-1].role != "assistant" and all(message.role != "assistant" for message in messages):
+            return self._missed()
+        # Whatever else a message has, and a key that stands twice, shows in the number of quotation marks.
+        inner = data.count(b'"') - quotes - _QUOTES_OF_MESSAGE * len(messages)
+        if inner and inner != "".join(contents).count('"'):
+            return self._missed()
+        # A mark that is written as \\u0022 is missing in the text, and could hide one that a repeated key adds.
+        if (inner or types) and b"u0022" in data:
+            return self._missed()
+        self._hits += 1
+        self._count(types)
+        return Conversation(messages=messages)
+
+    def _missed(self) -> None:
+        self._misses += 1
+        self._decode = None
+
+    def _count(self, types: tuple[type, ...]) -> None:
+        self.new = None
+        count = self._counts.get(types)
+        if count is None:
+            fields = (("messages", list), *zip(self._names, types, strict=True), *_MESSAGE_FIELDS)
+            self.new = ("openai", fields)
+            count = self._counts[types] = [self.new, 0]
+        count[1] += 1
+
+    def take_counts(self) -> list[tuple[Signature, int]]:
+        """How often each signature was read since this was asked last."""
+        counts = [(signature, times) for signature, times in [*self._earlier, *self._counts.values()]]
+        self._earlier, self._counts = [], {}
+        return counts
+
+    def learn(self, record: dict[str, Any]) -> None:
+        """Take `record`, an `openai` one that the ordinary way found good, as the kind that will come."""
+        if self._misses > _GIVE_UP_AFTER + self._hits // 4:
+            return
+        names = tuple(sorted(key for key in record if key != "messages"))
+        if len(names) > _MOST_NAMES or any(name in KNOWN_FIELDS or not name.isascii() for name in names):
+            return
+        if not all(message.keys() == _PLAIN_KEYS for message in record["messages"]):
+            return
+        if names != self._names:
+            self._earlier += self._counts.values()
+            self._names, self._counts = names, {}
+        self._quotes = quotes_of("messages") + sum(map(quotes_of, names))
+        self._decode = self._decoders.get(names) or self._decoders.setdefault(names, _decoder(names))
+
+
+def _decoder(names: tuple[str, ...]) -> Any:
+    fields = [
+        ("messages", tuple[Message, ...]),
+        *((f"unused_{number}", Any, msgspec.field(name=name)) for number, name in enumerate(names)),
+    ]
+    kind = msgspec.defstruct("PlainRecord", fields, forbid_unknown_fields=True)
+    return msgspec.json.Decoder(kind).decode

@@ -1,0 +1,78 @@
+"""The reconciliation report: what each source's fields became, and where sources disagree.
+
+Made by `validate_command` for its summary and by `outcome` for a build's manifest, summary and report.json.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from dft_prep.fields import FieldUse
+
+_NULL = "null"
+
+
+class SourceFields(msgspec.Struct, frozen=True, kw_only=True):
+    """The good records of one source."""
+
+    name: str
+    formats: dict[str, int]
+    """Records of each format: the evidence for what the source is."""
+    fields: list[FieldUse]
+
+
+def source_fields(name: str, uses: Sequence[FieldUse]) -> SourceFields:
+    return SourceFields(
+        name=name,
+        formats={use.format: use.records for use in uses if not use.path},
+        fields=[use for use in uses if use.path],
+    )
+
+
+def unused_fields(source: SourceFields) -> dict[str, int]:
+    """How often each field that is not used is there (and not null), by its path."""
+    unused: Counter[str] = Counter()
+    for use in source.fields:
+        if use.target is None and use.type != _NULL:
+            unused[use.path] += use.records
+    return dict(sorted(unused.items()))
+
+
+def disagreements(sources: Sequence[SourceFields]) -> list[str]:
+    """Fields that have one type in some sources and another in others, each as one clause."""
+    types: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for source in sources:
+        for use in source.fields:
+            if use.type != _NULL and source.name not in types[use.path][use.type]:
+                types[use.path][use.type].append(source.name)
+    return [
+        f"`{path}` is " + ", ".join(f"{kind} in {' and '.join(names)}" for kind, names in sorted(kinds.items()))
+        for path, kinds in sorted(types.items())
+        if len(kinds) > 1
+    ]
+
+
+def reading_lines(sources: Sequence[SourceFields]) -> list[str]:
+    """How each source was read, and where sources disagree, for a reader."""
+    lines: list[str] = []
+    for source in sources:
+        total = sum(source.formats.values())
+        if total:
+            formats = ", ".join(f"{name} {100 * number / total:.4g} %" for name, number in source.formats.items())
+            lines.append(f"  {source.name} is {formats} of {total:,} records{_mapped(source)}")
+    return lines + [f"  sources disagree: {clause}" for clause in disagreements(sources)]
+
+
+def unused_line(name: str, fields: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{path} {number:,}" for path, number in fields.items())
+    return f"  fields of {name} that are not used: {shown}"
+
+
+def _mapped(source: SourceFields) -> str:
+    """What became of the fields that are not called as in the canonical conversation."""
+    fields = source.fields
+    mapped = sorted({(use.path, use.target) for use in fields if use.target is not None and use.target != use.path})
+    return ": " + ", ".join(f"{path} -> {target}" for path, target in mapped) if mapped else ""

@@ -1,0 +1,125 @@
+"""The quick way for plain records gives what the ordinary way gives, on every record."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dft_common.records import Finding
+from dft_prep.plain import PlainReader
+from dft_prep.readers import RawRecord
+from dft_prep.validate import Judge, Judged
+
+PLAIN = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+TEXT = st.text(alphabet='ab"\\\n\u2028é\x00{}:,', max_size=8)
+
+
+def as_text(text: str, escape_marks: bool) -> str:
+    written = json.dumps(text, ensure_ascii=False)
+    return '"' + written[1:-1].replace('\\"', "\\u0022") + '"' if escape_marks else written
+
+
+MESSAGES = st.lists(
+    st.builds(
+        lambda role, content, extra, marks: (
+            f'{{"role": "{role}", "content": {"null" if content is None else as_text(content, marks)}{extra}}}'
+        ),
+        st.sampled_from(["user", "assistant", "system", "tool", "developer", "bot", "function"]),
+        st.none() | TEXT,
+        st.sampled_from(
+            [
+                "",
+                ', "content": "b"',
+                ', "weight": 0',
+                ', "weight": 2',
+                ', "name": "n"',
+                ', "tool_calls": []',
+                ', "tool_calls": [{"name": "f", "arguments": "{}"}]',
+                ', "tool_calls": null',
+                ', "reasoning": "r"',
+                ', "verbatim": "v"',
+                ', "c\\u006fntent": 1',
+            ]
+        ),
+        st.booleans(),
+    ),
+    max_size=3,
+)
+FIELDS = st.lists(
+    st.sampled_from(
+        [
+            '"id": 7',
+            '"id": "x\\"y"',
+            '"id": null',
+            '"id": 1e400',
+            '"meta": {"a": 1, "a": 2}',
+            '"meta": {"a": ["\\u0022", "b"]}',
+            '"meta": {"source": "gsm8k"}',
+            '"conversations": null',
+            '"prompt": "q"',
+            '"completion": "a"',
+            '"system": "s"',
+            '"tools": []',
+            '"messages": []',
+            '"mess\\u0061ges": []',
+        ]
+    ),
+    max_size=3,
+)
+RECORDS = st.builds(
+    lambda fields, messages: "{" + ", ".join([*fields, f'"messages": [{", ".join(messages)}]']) + "}", FIELDS, MESSAGES
+)
+
+
+def outcome(judge: Judge, text: str):
+    judged = judge(RawRecord(line=1, byte_offset=0, data=text.encode()))
+    return judged if isinstance(judged, Finding) else (judged.conversation, judged.notes)
+
+
+def ordinary() -> Judge:
+    judge = Judge("a.jsonl")
+    judge._plain = None
+    return judge
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(RECORDS, max_size=6), st.sampled_from(["", '"id": 3, ', '"id": 3, "meta": {}, ']))
+@example(['{"messages": [{"role": "user", "content": "\\u0022\\u0022", "content": "\\u0022\\u0022"}]}'], "")
+@example(['{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}'], "")
+def test_the_outcome_is_that_of_the_ordinary_way(texts, fields):
+    quick, slow = Judge("a.jsonl"), ordinary()
+    for text in ["{" + fields + json.dumps(PLAIN)[1:], *texts]:
+        assert outcome(quick, text) == outcome(slow, text), text
+    assert sorted(quick.field_counts()) == sorted(slow.field_counts())
+    assert quick.unused == slow.unused
+
+
+def test_plain_records_are_read_the_quick_way():
+    reader = PlainReader()
+    text = json.dumps({"id": 1, **PLAIN}).encode()
+    assert reader.read(text) is None
+    reader.learn(json.loads(text))
+    conversation = reader.read(json.dumps({**PLAIN, "id": "x"}).encode())
+    assert conversation is not None
+    assert [message.content for message in conversation.messages] == ["q", "a"]
+    assert reader.read(json.dumps(PLAIN).encode()) is None, "another set of fields is another kind"
+
+
+@pytest.mark.parametrize(
+    ("field", "code"),
+    [
+        ('"messages": []', "duplicate_key_in_message"),
+        ('"id": 2', "duplicate_keys"),
+        ('"\\u0069d": 2', "duplicate_keys"),
+    ],
+)
+def test_a_key_that_stands_twice_is_never_overlooked(field, code):
+    judge = Judge("a.jsonl")
+    first = json.dumps({"id": 1, **PLAIN})
+    assert isinstance(judge(RawRecord(line=1, byte_offset=0, data=first.encode())), Judged)
+    judged = judge(RawRecord(line=2, byte_offset=9, data=(first[:-1] + f", {field}}}").encode()))
+    found = [judged] if isinstance(judged, Finding) else judged.notes
+    assert [finding.code for finding in found] == [code]
