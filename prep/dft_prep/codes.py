@@ -128,7 +128,9 @@ CODES: dict[str, Code] = {
     "duplicate_keys": _rule("warning", "A key stands twice in an object; the last one counts.", "Keep one of them."),
     "number_out_of_range": _rule("info", "A number is beyond the range of a float.", "Write it as text."),
     "no_reply_at_end": _rule("warning", "The last turn is not the assistant's: it is context only.", "Add the reply."),
-    "empty_reply": _rule("warning", "An assistant turn is empty: only its end is trained.", "Give it text."),
+    "empty_reply": _rule(
+        "warning", "An assistant turn is empty, or white space: only its end is trained.", "Give it text."
+    ),
     "system_not_first": _rule("warning", "A system turn stands inside the conversation.", "Move it to the front."),
     "users_in_a_row": _rule("warning", "Two user turns follow one another.", "Join them, or add the reply."),
     "assistants_in_a_row": _rule("warning", "Two assistant turns follow one another.", "Join them."),
@@ -144,7 +146,9 @@ CODES: dict[str, Code] = {
     "reply_equals_question": _rule("warning", "A reply is the same as what it answers.", "Write the reply."),
     "repeated_reply": _rule("warning", "A reply is repeated within the conversation.", "Remove the repetition."),
     "contaminated": _rule(
-        "error", "It shares 13 words in a row with a file of --decontaminate.", "Nothing: it is left out."
+        "error",
+        "It shares 13 words in a row, or a text of 8 to 12, with a file of --decontaminate.",
+        "Nothing: it is left out.",
     ),
     "duplicate": _note("warning", "The same conversation stands before; a build keeps one.", "Remove it."),
     # With a tokenizer

@@ -36,6 +36,10 @@ _TEXT_KEYS = ("text", "value", "content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
 _CALL_PARTS = ("tool_call", "function_call")
+MEDIA_PARTS = (
+    *("image_url", "image", "input_image", "input_audio", "audio", "audio_url", "video", "video_url"),
+    *("file", "input_file", "document"),
+)
 
 
 class RecordError(Exception):
@@ -64,6 +68,12 @@ def quoted(value: Any) -> str:
     """A value of the data, for a message: what a line has room for."""
     text = repr(value)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
+def to_text(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError("content_type", path, f"got {type_name(value)}, expected text", "write it as text")
+    return value
 
 
 def to_role(role: Any, known: Mapping[str, str], path: str) -> str:
@@ -100,13 +110,14 @@ def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls:
         texts.append(part)
         return
     # Parquet gives every part every key, so that null is as absent.
-    kind = (part.get("type") or "text") if isinstance(part, dict) else None
+    kind = (part.get("type") or _untyped(part)) if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in MEDIA_PARTS:
+        message = f"a part of type {kind}, which is not trained here"
+        raise RecordError("media_part", path, message, "leave the record out")
     if not isinstance(part, dict) or kind not in (*_TEXT_PARTS, *_REASONING_PARTS, *_CALL_PARTS):
         found = f"a part of type {quoted(kind)}" if isinstance(part, dict) else type_name(part)
         message = f"got {found}; text, reasoning and tool_call can be trained"
-        raise RecordError(
-            "unsupported_part", path, message, "leave the record out: pictures and sounds are not trained"
-        )
+        raise RecordError("unsupported_part", path, message, "write it as text, or leave the record out")
     keys = (kind, *_TEXT_KEYS)
     value = next((part[key] for key in keys if part.get(key) is not None), None)
     if kind in _CALL_PARTS:
@@ -116,6 +127,11 @@ def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls:
         raise RecordError("content_type", path, message, "write the part as {'type': 'text', 'text': ...}")
     else:
         (reasons if kind in _REASONING_PARTS else texts).append(value)
+
+
+def _untyped(part: Mapping[str, Any]) -> str:
+    """The type of a part without one: what it holds."""
+    return next((key for key in MEDIA_PARTS if part.get(key) is not None), "text")
 
 
 class _WrittenCall(msgspec.Struct):
@@ -156,16 +172,17 @@ def to_tool_call(value: Any, path: str) -> ToolCall:
     if arguments is None:
         arguments = "{}"
     elif not isinstance(arguments, str):
-        arguments = _compact(arguments, f"{path}.arguments")
+        arguments = compact_json(arguments, f"{path}.arguments")
     identity = value.get("id")
     return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
 
 
-def _compact(arguments: Any, path: str) -> str:
+def compact_json(value: Any, path: str) -> str:
+    """`value` as JSON text, for what the source wrote as an object where text belongs."""
     try:
-        return json.dumps(arguments, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (ValueError, TypeError) as error:  # 1e400 is infinite here; Parquet may hold a date
-        raise RecordError("bad_tool_calls", path, f"not JSON: {error}", "write the arguments as JSON text") from None
+        raise RecordError("bad_tool_calls", path, f"not JSON: {error}", "write it as JSON text") from None
 
 
 def to_tool_calls(value: Any, path: str) -> tuple[ToolCall, ...]:

@@ -16,7 +16,7 @@ import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Finding
-from dft_prep.files import Truncated, compression_of, decompressed, open_raw, sniff
+from dft_prep.files import FileError, Truncated, compression_of, decompressed, open_raw, sniff
 from dft_prep.ngrams import FEWEST_WORDS, Ngrams, make_ngrams, words_of
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.sources import SourceFile, resolve_sources
@@ -62,10 +62,10 @@ def _texts(file: SourceFile) -> Iterator[str]:
         return _paragraphs(file)
     try:
         sniff(file)
-    except DataError:
-        if _is_text(file):
-            return _paragraphs(file)
-        raise
+    except FileError as error:
+        if error.code != "other_kind" or not _is_text(file):
+            raise
+        return _paragraphs(file)
     return _record_texts(file)
 
 
@@ -100,7 +100,7 @@ def _paragraphs(file: SourceFile) -> Iterator[str]:
     with _opened(file) as stream:
         lines: list[str] = []
         try:
-            for line in io.TextIOWrapper(stream, "utf-8-sig"):
+            for line in io.TextIOWrapper(stream, "utf-8"):
                 if line.strip():
                     lines.append(line)
                 elif lines:
@@ -141,14 +141,15 @@ def _conversation_texts(conversation: Conversation) -> Iterator[str]:
 
 
 def _decoded(raw: RawRecord) -> Any:
-    """The object or list of a record that is JSON, and no conversation."""
-    if raw.problem is not None or isinstance(raw.data, dict):
-        return raw.data or None if raw.problem is None else None
+    """What is in a record that is JSON, and no conversation; None where it cannot be read."""
+    if raw.problem is not None:
+        return None
+    if isinstance(raw.data, dict):
+        return raw.data
     try:
-        value = msgspec.json.decode(raw.data)
+        return msgspec.json.decode(raw.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return value if isinstance(value, dict | list) else None
 
 
 def _all_texts(value: Any, depth: int) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from dft_prep.formats import FORMATS, KNOWN_FIELDS
+from dft_prep.formats import FORMATS, KNOWN_FIELDS, SHARED_FIELDS
 from dft_prep.reading import Reading
 
 MOST_PATHS = 300
@@ -95,7 +95,7 @@ def _lists_of_messages(form: str) -> tuple[str, ...]:
 @functools.cache
 def _used_fields(form: str) -> dict[str, str]:
     """What each path became; what holds a used field is used too."""
-    used = dict(FORMATS[form].fields)
+    used = {**SHARED_FIELDS, **FORMATS[form].fields}
     return {**{path.split("[]")[0]: target.split("[]")[0] for path, target in used.items()}, **used}
 
 
@@ -128,7 +128,7 @@ def fields_of(record: Mapping[str, Any], form: str) -> tuple[tuple[str, type], .
 
 
 def short_name(path: str) -> str:
-    """A field's path for a report: short, and of whole characters (JSON allows half of one)."""
+    """A field's name or path for a report: short, and of whole characters (JSON allows half of one)."""
     if path.isascii() and len(path) <= _LONGEST_NAME:
         return path
     return path[:_LONGEST_NAME].encode("utf-8", "backslashreplace").decode()

@@ -61,7 +61,12 @@ def total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
 def describe(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     return recipe.describe(
         [
-            {"name": source.name, "split": source.split, "max_conversations": source.max_conversations}
+            {
+                "name": source.name,
+                "split": source.split,
+                "max_conversations": source.max_conversations,
+                "reading": msgspec.to_builtins(source.reading),
+            }
             for source in sources
         ]
     )

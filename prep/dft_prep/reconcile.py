@@ -1,223 +1,135 @@
-"""A raw record of any known shape -> one canonical conversation, told by the record's own keys.
+"""A raw record of any known format -> one canonical conversation, told by the record's own keys.
 
-Called by `validate`. Shapes: `messages` (OpenAI), `conversations` (ShareGPT), `instruction`/`output` (Alpaca).
-Types that differ from file to file do not matter, for no schema is kept: only texts, calls, tools and weights
-are read, and no character of them is changed. A null field is as an absent one.
+Called by `validate`. Each record is told by itself, so that a file may mix formats. Where two formats fit and mean
+different conversations that is an error, unless the recipe says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from dft_common.records import Conversation, Message
-from dft_prep.converters import (
-    CALL_ROLES,
-    OPENAI_ROLES,
-    SHAREGPT_ROLES,
-    Content,
-    RecordError,
-    to_content,
-    to_role,
-    to_tool_call,
-    to_tool_calls,
-    to_tool_calls_from_text,
-    to_tools,
-    to_weight,
-    type_name,
-)
-from dft_prep.reading import AS_FOUND, Reading
+from dft_prep.converters import RecordError, to_content, to_text, to_tools, type_name
+from dft_prep.fields import short_name
+from dft_prep.formats import FORMATS, MEDIA_FIELDS, SPECIAL_MESSAGES, Format
+from dft_prep.formats.turns import Turns
+from dft_prep.reading import AS_FOUND, Reading, mapped_place, mapped_record
 
-_WEIGHT_KEYS = ("weight", "train", "loss_weight")
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_MESSAGE_KEYS = frozenset(
-    ["role", "from", "content", "value", "name", "tool_calls", "function_call", "tool_call_id"]
-).union(_WEIGHT_KEYS, _REASONING_KEYS)
-_ALPACA_KEYS = ("instruction", "input", "output", "response", "history")
 _LONGEST_NAME = 60
-_SHAPES = "`messages`, `conversations`, or `instruction` with `output` or `response`"
+_SHAPES = (
+    "`messages`, `conversations`, `instruction` with `output`, `prompt` with `completion`, or another known format"
+)
 
 
 class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
     conversation: Conversation
-    ignored: tuple[str, ...]
-    """Fields that were not understood, such as `meta` or `messages[].timestamp`."""
-    format: str = "openai"
-
-    def place(self, message_index: int, part: str) -> str:
-        """The JSON path, in the record as its author wrote it, of a part of a message (or, with -1, of the whole)."""
-        path = "$" if message_index < 0 else f"$.messages[{message_index}]"
-        return f"{path}.{part}" if part else path
+    format: str
+    """Its name in `formats.FORMATS`."""
+    place: Callable[[int, str], str]
+    """(index of a message or -1, part of it) -> its JSON path in the record as its author wrote it."""
 
 
 def reconcile(record: Any, reading: Reading = AS_FOUND) -> Reconciled:
     """The canonical conversation of `record`. Raises RecordError."""
-    del reading
     if not isinstance(record, dict):
         raise RecordError("not_an_object", "$", f"got {type_name(record)}, expected an object", "one object a record")
-    ignored: dict[str, None] = {}
-    key = _shape(record)
-    if key == "instruction":
-        messages, used = _alpaca(record), (*_ALPACA_KEYS, "system", "tools")
-    else:
-        messages = _messages(record[key], key, ignored)
-        used = (key, "system", "tools", "functions")
-    _prepend_system(record.get("system"), messages)
-    ignored.update((_shown(name), None) for name, value in record.items() if name not in used and value is not None)
+    if reading.fields:
+        record = mapped_record(record, reading)
+    roles = dict(reading.roles)
+    form, turns = _read(record, reading.format, roles)
+    _refuse_media(record)
+    _add_system(record, turns)
+    messages = turns.messages
     if not any(message.role == "assistant" for message in messages):
-        raise RecordError("no_assistant", f"$.{key}", "no assistant turn: there is nothing to train", "leave it out")
-    tools = record.get("tools") if record.get("tools") is not None else record.get("functions")
+        path = turns.place(0, "").split("[")[0]
+        raise RecordError("no_assistant", path, "no assistant turn: there is nothing to train", "leave it out")
+    tools = turns.tools if turns.tools is not None else record.get("tools")
+    tools = tools if tools is not None else record.get("functions")
     conversation = Conversation(messages=tuple(messages), tools=to_tools(tools, "$.tools") if tools else ())
-    return Reconciled(conversation=conversation, ignored=tuple(ignored))
+    place = mapped_place(turns.place, reading) if reading.fields else turns.place
+    return Reconciled(conversation=conversation, format=form.name, place=place)
 
 
-def _shown(name: str) -> str:
-    """A field's name, for a report: short, and of whole characters (JSON allows half of one)."""
-    return (
-        name
-        if name.isascii() and len(name) <= _LONGEST_NAME
-        else name[:_LONGEST_NAME].encode("utf-8", "backslashreplace").decode()
-    )
+def _read(record: Mapping[str, Any], wanted: str | None, roles: Mapping[str, str]) -> tuple[Format, Turns]:
+    if wanted is not None:
+        return FORMATS[wanted], _converted(FORMATS[wanted], record, roles)
+    found = [form for form in FORMATS.values() if form not in SPECIAL_MESSAGES and form.evidence(record)]
+    filled = [form for form in found if len(found) == 1 or _filled(form, record)] or found[:1]
+    if not filled:
+        raise _unknown(record)
+    filled = [_special(record) or form if form.name == "openai" else form for form in filled]
+    if len(filled) == 1:
+        return filled[0], _converted(filled[0], record, roles)
+    return _agreed(filled, record, roles)
 
 
-def _shape(record: Mapping[str, Any]) -> str:
-    """The key that holds the conversation. Raises RecordError where none does, or more than one."""
-    found = [key for key in ("messages", "conversations") if record.get(key) is not None]
-    if record.get("instruction") is not None:
-        found.append("instruction")
-    filled = [key for key in found if record[key]]
-    if len(filled) > 1:
-        shown = " and ".join(f"`{key}`" for key in filled)
-        raise RecordError("ambiguous_shape", "$", f"holds a conversation in {shown}", "keep one of them")
-    if filled or found:
-        return (filled or found)[0]
+def _special(record: Mapping[str, Any]) -> Format | None:
+    messages = record["messages"]
+    # Only what is no plain text can tell them, and `available_tools` or a list as system.
+    if isinstance(messages, list) and (
+        record.get("available_tools") is not None
+        or isinstance(record.get("system"), list)
+        or any(isinstance(message, dict) and isinstance(message.get("content"), list | dict) for message in messages)
+    ):
+        return next((form for form in SPECIAL_MESSAGES if form.evidence(record)), None)
+    return None
+
+
+def _filled(form: Format, record: Mapping[str, Any]) -> bool:
+    """Whether a format's fields hold something: an empty list beside a real conversation is no choice."""
+    return any(record.get(path.split("[")[0]) for path in form.fields)
+
+
+def _converted(form: Format, record: Mapping[str, Any], roles: Mapping[str, str]) -> Turns:
+    turns = Turns(roles)
+    form.convert(record, turns)
+    return turns
+
+
+def _agreed(forms: list[Format], record: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[Format, Turns]:
+    """The first of several formats, if all of them read the same conversation. Raises RecordError if not."""
+    read: list[tuple[Format, Turns]] = []
+    for form in forms:
+        try:
+            read.append((form, _converted(form, record, roles)))
+        except RecordError as error:
+            if error.code == "media_part":
+                raise
+    if len(read) == len(forms) and all(turns.messages == read[0][1].messages for _, turns in read):
+        return read[0]
+    shown = " and ".join(form.name for form in forms)
+    message = f"may be read as {shown}, which are different conversations"
+    raise RecordError("ambiguous_shape", "$", message, f"keep one, or give `format: {forms[0].name}` in a recipe")
+
+
+def _unknown(record: Mapping[str, Any]) -> RecordError:
     if "messages" in record or "conversations" in record:
-        raise RecordError("empty_conversation", "$", "the conversation is null", "leave the record out")
-    keys = ", ".join(f"`{_shown(key)}`" for key in list(record)[:6]) or "no keys"
-    raise RecordError("unknown_shape", "$", f"found {keys}; expected {_SHAPES}", "rename the fields")
+        return RecordError("empty_conversation", "$", "the conversation is null", "leave the record out")
+    keys = ", ".join(f"`{short_name(key)}`" for key in list(record)[:6]) or "no keys"
+    help = "rename the fields, or map them in a recipe (`fields`)"
+    return RecordError("unknown_shape", "$", f"found {keys}; expected {_SHAPES}", help)
 
 
-def _prepend_system(system: Any, messages: list[Message]) -> None:
-    if system is None or system == "":
+def _refuse_media(record: Mapping[str, Any]) -> None:
+    for key in MEDIA_FIELDS:
+        if record.get(key) and not isinstance(record[key], bool | int | float):
+            message = f"the record has `{key}`, which is not trained here"
+            raise RecordError("media_part", f"$.{key}", message, "leave the record out")
+
+
+def _add_system(record: Mapping[str, Any], turns: Turns) -> None:
+    found = [key for key in ("system", "system_prompt") if record.get(key)]
+    if not found:
         return
-    if not isinstance(system, str):
-        raise RecordError("content_type", "$.system", f"got {type_name(system)}, expected text", "write it as text")
-    if messages and messages[0].role == "system":
-        message = "there is a `system` field and a system turn as well"
-        raise RecordError("ambiguous_shape", "$.system", message, "keep one of them")
-    messages.insert(0, Message(role="system", content=system))
-
-
-def _messages(value: Any, key: str, ignored: dict[str, None]) -> list[Message]:
-    if not isinstance(value, list):
-        message = f"got {type_name(value)}, expected a list of messages"
-        raise RecordError("content_type", f"$.{key}", message, "write the conversation as a list")
-    if not value:
-        raise RecordError("empty_conversation", f"$.{key}", "the conversation is empty", "leave the record out")
-    return [_message(item, key, number, ignored) for number, item in enumerate(value)]
-
-
-def _message(item: Any, key: str, number: int, ignored: dict[str, None]) -> Message:
-    if not isinstance(item, dict):
-        path = f"$.{key}[{number}]"
-        raise RecordError("content_type", path, f"got {type_name(item)}, expected a message", "write it as an object")
-    if len(item) == 2:
-        # The common case, and the only one that needs to be quick.
-        role, content = item.get("role"), item.get("content")
-        if type(content) is str and (role == "user" or role == "assistant" or role == "system"):
-            return Message(role=role, content=content)
-    path = f"$.{key}[{number}]"
-    for name, value in item.items():
-        if name not in _MESSAGE_KEYS and value is not None:
-            ignored[f"{key}[].{_shown(name)}"] = None
-    return _full_message(item, path, sharegpt=key == "conversations" or "from" in item)
-
-
-def _full_message(item: dict[str, Any], path: str, *, sharegpt: bool) -> Message:
-    role_key = "role" if item.get("role") is not None else "from" if "from" in item else "role"
-    content_key = "content" if item.get("content") is not None else "value" if "value" in item else "content"
-    role = to_role(item.get(role_key), SHAREGPT_ROLES if sharegpt else OPENAI_ROLES, f"{path}.{role_key}")
-    content = _content(item, item.get(role_key), path, content_key)
-    if content.tool_calls and role != "assistant":
-        message = f"the {role} turn calls a tool"
-        raise RecordError("bad_tool_calls", path, message, "only assistant turns call tools: repair the role")
-    if content.text is None and not (role == "assistant" and content.tool_calls):
-        if content.reasoning is None or role != "assistant":
-            message = f"the {role} turn has no content" + (" and calls no tool" if role == "assistant" else "")
-            raise RecordError("null_content", f"{path}.{content_key}", message, "give it text, or leave the record out")
-        content = msgspec.structs.replace(content, text="")
-    return Message(
-        role=role,  # pyright: ignore[reportArgumentType]  # a value of the role tables, which hold only these
-        content=content.text,
-        reasoning=content.reasoning,
-        tool_calls=content.tool_calls,
-        name=_optional_text(item, "name", path),
-        tool_call_id=_optional_text(item, "tool_call_id", path),
-        weight=_weight(item, path),
-    )
-
-
-def _content(item: dict[str, Any], raw_role: Any, path: str, content_key: str) -> Content:
-    value = item.get(content_key)
-    if raw_role in CALL_ROLES and isinstance(value, str):
-        return Content(text=None, tool_calls=tuple(to_tool_calls_from_text(value, f"{path}.{content_key}")))
-    content = to_content(value, f"{path}.{content_key}")
-    calls = content.tool_calls
-    if item.get("tool_calls"):
-        calls += to_tool_calls(item["tool_calls"], f"{path}.tool_calls")
-    legacy = item.get("function_call")
-    # Parquet writes the absent call of a column of calls as one whose fields are null.
-    if legacy and not (isinstance(legacy, dict) and all(field is None for field in legacy.values())):
-        calls += (to_tool_call(legacy, f"{path}.function_call"),)
-    reasoning = content.reasoning
-    for key in _REASONING_KEYS:
-        if reasoning is None and item.get(key) is not None:
-            reasoning = _optional_text(item, key, path)
-    return Content(text=content.text, reasoning=reasoning, tool_calls=calls)
-
-
-def _optional_text(item: Mapping[str, Any], key: str, path: str) -> str | None:
-    value = item.get(key)
-    if value is not None and not isinstance(value, str):
-        raise RecordError("content_type", f"{path}.{key}", f"got {type_name(value)}, expected text", "write it as text")
-    return value
-
-
-def _weight(item: Mapping[str, Any], path: str) -> float:
-    for key in _WEIGHT_KEYS:
-        if item.get(key) is not None:
-            return to_weight(item[key], f"{path}.{key}")
-    return 1.0
-
-
-def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    messages: list[Message] = []
-    history = record.get("history") or []
-    if not isinstance(history, list):
-        message = f"got {type_name(history)}, expected a list of [question, reply]"
-        raise RecordError("content_type", "$.history", message, "write pairs")
-    for number, pair in enumerate(history):
-        path = f"$.history[{number}]"
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RecordError("content_type", path, f"got {type_name(pair)}, expected [question, reply]", "write pairs")
-        question, reply = (_text(text, f"{path}[{side}]") for side, text in enumerate(pair))
-        messages += [Message(role="user", content=question), Message(role="assistant", content=reply)]
-    instruction = _text(record["instruction"], "$.instruction")
-    extra = _text(record["input"], "$.input") if record.get("input") is not None else ""
-    if not instruction and not extra:
-        raise RecordError("empty_conversation", "$.instruction", "instruction and input are empty", "leave it out")
-    key = "output" if record.get("output") is not None or "response" not in record else "response"
-    reply = record.get(key)
-    if reply is None:
-        raise RecordError("null_content", f"$.{key}", "there is no reply", "give it text, or leave the record out")
-    question = "\n".join(text for text in (instruction, extra) if text)
-    messages += [Message(role="user", content=question), Message(role="assistant", content=_text(reply, f"$.{key}"))]
-    return messages
-
-
-def _text(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError("content_type", path, f"got {type_name(value)}, expected text", "write it as text")
-    return value
+    key = found[0]
+    value = record[key]
+    # Anthropic's may be a list of text blocks.
+    text = to_content(value, f"$.{key}").text if isinstance(value, list) else to_text(value, f"$.{key}")
+    if len(found) > 1 or (turns.messages and turns.messages[0].role == "system"):
+        message = f"there is a `{key}` field, and a system turn or field as well"
+        raise RecordError("ambiguous_shape", f"$.{key}", message, "keep one of them")
+    if text:
+        turns.add_first(Message(role="system", content=text), key)

@@ -107,7 +107,9 @@ def _turn_oddities(messages: Sequence[Message]) -> Iterator[Oddity]:
         # "Let me look that up." before different calls is no repetition.
         if len(reply) >= SHORTEST_REPEATED and not message.tool_calls:
             if reply in first:
-                yield Oddity("repeated_reply", number, "content", f"repeats message {first[reply]}: {quoted(reply)}")
+                yield Oddity(
+                    "repeated_reply", number, "content", f"as {number - first[reply]} turns before: {quoted(reply)}"
+                )
             first.setdefault(reply, number)
 
 
@@ -117,7 +119,7 @@ def _role_oddities(roles: Sequence[str]) -> Iterator[Oddity]:
         if role not in ("system", "developer"):
             in_front = False
         elif not in_front:
-            yield Oddity("system_not_first", number, "role", f"a {role} turn after a {roles[number - 1]} turn")
+            yield Oddity("system_not_first", number, "role", f"a {role} turn stands after the {roles[number - 1]}'s")
         run = run + 1 if number and role == roles[number - 1] else 1
         ends = number + 1 == len(roles) or roles[number + 1] != role
         if run > 1 and ends and role in ("user", "assistant"):

@@ -18,13 +18,13 @@ from typing import Any, Literal
 import msgspec
 
 from dft_common.errors import SetupError
-from dft_prep.reading import AS_FOUND, Reading
+from dft_prep.reading import AS_FOUND, READING_KEYS, Reading, parse_reading
 
 _NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst|xz))?$", re.IGNORECASE)
 _DEEP = re.compile(r"(.*?/|)\*\*(?:/(.*)|)", re.DOTALL)
 """A pattern with a `**`: (what is before it, what is after it)."""
-_KEYS = ("name", "path", "split", "max_conversations")
+_KEYS = ("name", "path", "split", "max_conversations", *READING_KEYS)
 
 
 class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +78,7 @@ def resolve_sources(arguments: Sequence[Any]) -> list[Source]:
                 files=tuple(_find(path)),
                 split=mapping.get("split"),
                 max_conversations=mapping.get("max_conversations"),
+                reading=parse_reading(mapping),
             )
         )
     return sources

@@ -1,15 +1,58 @@
-"""STUB by the lead: the engineer of the formats replaces this. FORMATS[name].fields, KNOWN_FIELDS are what fields.py and
-plain.py use: KNOWN_FIELDS holds every top-level field name that any format reads or takes for evidence."""
+"""The formats of records that are known, each a small converter to the one canonical conversation.
 
-import msgspec
+`reconcile` finds the one that a record has. A new format is a module here and a line in `FORMATS`.
+"""
 
+from __future__ import annotations
 
-class Format(msgspec.Struct, frozen=True):
-    name: str
-    fields: dict[str, str]
+from dft_prep.formats.alpaca import ALPACA
+from dft_prep.formats.anthropic import ANTHROPIC
+from dft_prep.formats.chatml_text import CHATML_TEXT
+from dft_prep.formats.format import Format
+from dft_prep.formats.mistral import MISTRAL
+from dft_prep.formats.ms_swift import MS_SWIFT
+from dft_prep.formats.openai import OPENAI
+from dft_prep.formats.preference import PREFERENCE
+from dft_prep.formats.prompt_completion import PROMPT_COMPLETION
+from dft_prep.formats.sharegpt import SHAREGPT
+from dft_prep.formats.ultrachat import ULTRACHAT
 
+__all__ = ["FORMATS", "KNOWN_FIELDS", "SHARED_FIELDS", "SPECIAL_MESSAGES", "Format"]
 
-FORMATS = {
-    "openai": Format("openai", {"messages[].role": "messages[].role", "messages[].content": "messages[].content", "tools": "tools"}),
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        OPENAI,
+        SHAREGPT,
+        ALPACA,
+        PROMPT_COMPLETION,
+        PREFERENCE,
+        MS_SWIFT,
+        ULTRACHAT,
+        CHATML_TEXT,
+        ANTHROPIC,
+        MISTRAL,
+    )
 }
-KNOWN_FIELDS = frozenset(["messages", "conversations", "instruction", "input", "output", "response", "system", "tools", "functions", "history", "prompt", "completion", "chosen", "rejected", "query", "data", "text"])
+SPECIAL_MESSAGES = (ANTHROPIC, MISTRAL)
+"""Formats whose records have `messages`, as OpenAI's, and something besides that tells them."""
+
+SHARED_FIELDS: dict[str, str] = {
+    "system": "messages[].content",
+    "system_prompt": "messages[].content",
+    "tools": "tools",
+    "functions": "tools",
+}
+"""Fields that every format may have."""
+
+MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
+"""Fields of a whole record that hold what is not trained here."""
+
+KNOWN_FIELDS = frozenset(
+    [
+        *SHARED_FIELDS,
+        *MEDIA_FIELDS,
+        *(path.split("[")[0] for form in FORMATS.values() for path in form.fields),
+    ]
+)
+"""Top-level fields that any format reads, or tells itself by."""

@@ -1,0 +1,20 @@
+"""What a format is: how its records are told, which of their fields are used, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from dft_prep.formats.turns import Turns
+
+
+class Format(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    fields: dict[str, str]
+    """Path of each field that is used -> what it becomes in the canonical conversation."""
+    evidence: Callable[[Mapping[str, Any]], bool]
+    """Whether a record has what tells this format."""
+    convert: Callable[[Mapping[str, Any], Turns], None]
+    """Adds the messages of a record. Raises RecordError."""

@@ -1,0 +1,67 @@
+"""`conversations` (or `conversation`): ShareGPT and what came of it.
+
+Messages are `from`/`value` with names such as human and gpt, or `role`/`content`; or each item is a whole exchange
+(`{"human": ..., "assistant": ...}`, `{"input": ..., "output": ...}`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dft_common.records import Message
+from dft_prep.converters import to_text
+from dft_prep.formats.format import Format
+from dft_prep.formats.turns import MESSAGE_FIELDS, Turns, listed, read_message
+
+_KEYS = ("conversations", "conversation")
+_EXCHANGES: dict[str, str] = {
+    "system": "system",
+    **dict.fromkeys(("human", "user", "input"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "output"), "assistant"),
+}
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    return next(
+        (key for key in _KEYS if record.get(key)), next((k for k in _KEYS if record.get(k) is not None), _KEYS[0])
+    )
+
+
+def _convert(record: Mapping[str, Any], turns: Turns) -> None:
+    key = _key(record)
+    for number, item in enumerate(listed(record.get(key), key)):
+        if isinstance(item, dict) and _is_exchange(item):
+            _read_exchange(item, key, number, turns)
+        else:
+            read_message(item, key, number, turns, sharegpt=True)
+
+
+def _is_exchange(item: Mapping[str, Any]) -> bool:
+    named = not any(item.get(key) is not None for key in ("role", "from", "content", "value"))
+    return named and any(item.get(key) is not None for key in _EXCHANGES)
+
+
+def _read_exchange(item: Mapping[str, Any], key: str, number: int, turns: Turns) -> None:
+    for name, role in _EXCHANGES.items():
+        text = item.get(name)
+        if text is not None and (text or role != "system"):
+            text = to_text(text, f"$.{key}[{number}].{name}")
+            turns.add(Message(role=role, content=text), key, number, name, name)  # pyright: ignore[reportArgumentType]
+
+
+SHAREGPT = Format(
+    name="sharegpt",
+    fields={
+        f"{key}[].{field}": f"messages[].{target}"
+        for key in _KEYS
+        for field, target in {
+            "from": "role",
+            "value": "content",
+            **MESSAGE_FIELDS,
+            **dict.fromkeys(_EXCHANGES, "content"),
+        }.items()
+    },
+    evidence=lambda record: any(record.get(key) is not None for key in _KEYS),
+    convert=_convert,
+)

@@ -1,0 +1,337 @@
+"""Every format of the wild, made from its public description, and what it becomes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dft_common.errors import SetupError
+from dft_common.records import Message, ToolCall
+from dft_prep.converters import RecordError
+from dft_prep.fields import target_of
+from dft_prep.formats import FORMATS, KNOWN_FIELDS
+from dft_prep.reading import parse_reading
+from dft_prep.reconcile import reconcile
+
+TEXT = st.text(max_size=20) | st.sampled_from(
+    ["007", "2024-01-01", "1e400", "a\u2028b", "😀", " lead", "trail \n", "null", "\ufeff", "Human: x", "<|im_start|>"]
+)
+
+# (first question, first reply, second question, second reply) -> a record of each format
+RECORDS = {
+    "openai": lambda q, a, r, b: {
+        "messages": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": a, "weight": 1},
+            {"role": "user", "content": r},
+            {"role": "assistant", "content": [{"type": "text", "text": b}]},
+        ],
+        "parallel_tool_calls": False,
+    },
+    "sharegpt": lambda q, a, r, b: {
+        "conversations": [
+            {"from": "human", "value": q},
+            {"from": "gpt", "value": a},
+            {"from": "human", "value": r},
+            {"from": "gpt", "value": b},
+        ]
+    },
+    "sharegpt exchanges": lambda q, a, r, b: {
+        "conversation": [{"human": q, "assistant": a}, {"system": "", "input": r, "output": b}]
+    },
+    "sharegpt roles": lambda q, a, r, b: {
+        "conversation": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": a},
+            {"role": "user", "content": r},
+            {"role": "assistant", "content": b},
+        ]
+    },
+    "alpaca": lambda q, a, r, b: {"instruction": r, "input": "", "output": b, "history": [[q, a]]},
+    "ms_swift": lambda q, a, r, b: {"query": r, "response": b, "history": [[q, a]]},
+    "ultrachat": lambda q, a, r, b: {"id": "7", "data": [q, a, r, b]},
+    "prompt_completion messages": lambda q, a, r, b: {
+        "prompt": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": a},
+            {"role": "user", "content": r},
+        ],
+        "completion": [{"role": "assistant", "content": b}],
+    },
+    "preference messages": lambda q, a, r, b: {
+        "prompt": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": a},
+            {"role": "user", "content": r},
+        ],
+        "chosen": [{"role": "assistant", "content": b}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    },
+    "preference whole": lambda q, a, r, b: {
+        "prompt": q,
+        "chosen": RECORDS["sharegpt roles"](q, a, r, b)["conversation"],
+        "rejected": [],
+    },
+    "anthropic": lambda q, a, r, b: {
+        "messages": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": [{"type": "text", "text": a}]},
+            {"role": "user", "content": [{"type": "text", "text": r, "cache_control": {"type": "ephemeral"}}]},
+            {"role": "assistant", "content": b},
+        ],
+        "system": [],
+    },
+    "mistral": lambda q, a, r, b: {
+        "messages": RECORDS["sharegpt roles"](q, a, r, b)["conversation"],
+        "available_tools": "[]",
+    },
+}
+
+
+def said(record, **reading) -> list[tuple[str, str | None]]:
+    return [
+        (message.role, message.content) for message in reconcile(record, parse_reading(reading)).conversation.messages
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXT, TEXT, TEXT.filter(bool), TEXT)
+@pytest.mark.parametrize("shape", RECORDS)
+def test_no_format_changes_a_character(shape, q, a, r, b):
+    record = json.loads(json.dumps(RECORDS[shape](q, a, r, b)))
+    assert said(record) == [("user", q), ("assistant", a), ("user", r), ("assistant", b)]
+    reconciled = reconcile(record)
+    assert reconciled.format == shape.split()[0]
+    assert said(record, format=reconciled.format) == said(record), "forced, it is read the same"
+
+
+@settings(max_examples=60, deadline=None)
+@given(TEXT, TEXT)
+@pytest.mark.parametrize("question", ["prompt", "question", "input"])
+@pytest.mark.parametrize("reply", ["completion", "response", "answer", "output"])
+def test_a_question_and_a_reply_by_any_of_their_names(question, reply, q, a):
+    record = {question: q, reply: a}
+    assert said(record) == [("user", q), ("assistant", a)]
+    assert said({"system_prompt": "s", **record}) == [("system", "s"), ("user", q), ("assistant", a)]
+
+
+# What would be ChatML or a speaker itself inside of a text cannot be told from the text's own.
+PLAIN = TEXT.filter(lambda text: "<|im_" not in text and "Human:" not in text and "Assistant:" not in text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLAIN, PLAIN)
+def test_text_that_is_chatml_already_is_taken_apart(q, a):
+    text = f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
+    assert said({"text": text}) == [("system", "s"), ("user", q), ("assistant", a)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(PLAIN, PLAIN)
+def test_a_dialogue_of_human_and_assistant_is_taken_apart(q, a):
+    assert said({"chosen": f"\n\nHuman: {q}\n\nAssistant: {a}", "rejected": "x"}) == [("user", q), ("assistant", a)]
+    assert said({"prompt": q, "chosen": a, "rejected": "x"}) == [("user", q), ("assistant", a)]
+
+
+def test_anthropics_blocks_become_calls_results_and_reasoning():
+    record = {
+        "system": [{"type": "text", "text": "be brief"}],
+        "tools": [{"name": "weather", "description": "d", "input_schema": {"type": "object"}}],
+        "messages": [
+            {"role": "user", "content": "Oslo?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "hm", "signature": "x"},
+                    {"type": "text", "text": "Let me look."},
+                    {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Oslo", "n": 1.5}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "rain"}]},
+                    {"type": "text", "text": "Well?"},
+                ],
+            },
+            {"role": "assistant", "content": "It rains."},
+        ],
+    }
+    reconciled = reconcile(record)
+    call = ToolCall(name="weather", arguments='{"city":"Oslo","n":1.5}', id="t1")
+    assert reconciled.format == "anthropic"
+    assert reconciled.conversation.messages == (
+        Message(role="system", content="be brief"),
+        Message(role="user", content="Oslo?"),
+        Message(role="assistant", content="Let me look.", reasoning="hm", tool_calls=(call,)),
+        Message(role="tool", content="rain", tool_call_id="t1"),
+        Message(role="user", content="Well?"),
+        Message(role="assistant", content="It rains."),
+    )
+    (tool,) = reconciled.conversation.tools
+    assert tool == {
+        "type": "function",
+        "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}},
+    }
+    assert [reconciled.place(number, "content") for number in range(6)] == [
+        "$.system",
+        *(f"$.messages[{number}].content" for number in (0, 1, 2, 2, 3)),
+    ]
+
+
+def test_mistrals_results_may_be_objects():
+    record = {
+        "available_tools": [{"type": "function", "function": {"name": "f"}}],
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [{"id": "VvvODy9mT", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "VvvODy9mT", "content": {"é": [1, None]}},
+            {"role": "assistant", "content": "a"},
+        ],
+    }
+    conversation = reconcile(record).conversation
+    assert conversation.messages[2].content == '{"é":[1,null]}'
+    assert conversation.messages[1].tool_calls[0].id == "VvvODy9mT"
+    assert len(conversation.tools) == 1
+
+
+SHAREGPT = RECORDS["sharegpt"]("q", "a", "r", "b")
+OPENAI = RECORDS["openai"]("q", "a", "r", "b")
+CONVERSATION = RECORDS["sharegpt roles"]("q", "a", "r", "b")["conversation"]
+
+
+@pytest.mark.parametrize(
+    ("record", "form"),
+    [
+        ({"prompt": "q", "prompt_id": "7", "messages": CONVERSATION}, "openai"),
+        ({"chosen": CONVERSATION, "rejected": [], "prompt": "q", "messages": CONVERSATION}, "openai"),
+        ({"messages": CONVERSATION, "conversations": []}, "openai"),
+        ({"instruction": "q", "input": "i", "output": "a"}, "alpaca"),
+        ({"messages": CONVERSATION, "text": "rendered, but as no ChatML"}, "openai"),
+        ({"messages": CONVERSATION, "data": {"source": "x"}}, "openai"),
+    ],
+    ids=["ultrachat-200k", "ultrafeedback", "an-empty-other", "alpaca-input", "rendered", "data"],
+)
+def test_evidence_decides_where_only_one_reading_is_possible(record, form):
+    assert reconcile(record).format == form
+
+
+@pytest.mark.parametrize(
+    ("record", "choices"),
+    [
+        ({"messages": CONVERSATION, "conversations": [{"from": "gpt", "value": "x"}]}, ("openai", "sharegpt")),
+        ({"messages": CONVERSATION, "prompt": "q", "completion": "a"}, ("openai", "prompt_completion")),
+        ({"prompt": "q", "completion": "a", "response": "b"}, ("completion", "response")),
+        ({"query": "q", "response": "a", "prompt": "p"}, ("ms_swift", "prompt_completion")),
+    ],
+    ids=["two-lists", "list-and-pair", "two-replies", "two-questions"],
+)
+def test_ambiguity_is_an_error_with_the_choices(record, choices):
+    with pytest.raises(RecordError) as refusal:
+        reconcile(record)
+    assert refusal.value.code == "ambiguous_shape"
+    assert all(choice in refusal.value.message for choice in choices)
+    assert "recipe" in refusal.value.help
+
+
+def test_a_recipe_may_force_a_format():
+    record = {"messages": CONVERSATION, "prompt": "q", "completion": "a"}
+    assert said(record, format="prompt_completion") == [("user", "q"), ("assistant", "a")]
+
+
+def test_a_recipe_may_map_fields_by_their_path_and_roles_by_name():
+    record = {
+        "data": {"turns": [{"who": "Customer", "text": "q", "at": 1}, {"who": "Agent", "text": "a", "at": 2}]},
+        "note": {"system": ["s"]},
+    }
+    reading = {
+        "format": "openai",
+        "fields": {
+            "messages": "$.data.turns",
+            "messages[].role": "who",
+            "messages[].content": "$.text",
+            "system": "note.system[0]",
+        },
+        "roles": {"Customer": "user", "Agent": "assistant"},
+    }
+    assert said(record, **reading) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    reconciled = reconcile(record, parse_reading(reading))
+    assert [reconciled.place(number, "content") for number in range(3)] == [
+        "$.note.system[0]",
+        "$.data.turns[0].text",
+        "$.data.turns[1].text",
+    ]
+    assert reconciled.place(2, "role") == "$.data.turns[1].who"
+    del record["data"]["turns"][1]["text"]
+    with pytest.raises(RecordError) as refusal:
+        reconcile(record, parse_reading(reading))
+    assert refusal.value.code == "missing_field"
+    assert "message 1" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        ({"format": "opnai"}, "openai"),
+        ({"format": "alpaca", "fields": {"instrction": "$.q"}}, "instruction"),
+        ({"fields": {"prompt": "$..q"}}, "JSON path"),
+        ({"fields": ["prompt"]}, "mapping"),
+        ({"roles": {"Agent": "bot"}}, "assistant"),
+    ],
+    ids=["format", "field", "path", "list", "role"],
+)
+def test_a_mapping_that_cannot_be_is_refused(reading, said):
+    with pytest.raises(SetupError) as refusal:
+        parse_reading(reading)
+    assert said in f"{refusal.value.message} {refusal.value.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("record", "index", "part", "path"),
+    [
+        (SHAREGPT, 1, "content", "$.conversations[1].value"),
+        (SHAREGPT, 0, "role", "$.conversations[0].from"),
+        ({"system": "s", **OPENAI}, 2, "content", "$.messages[1].content"),
+        ({"system": "s", **OPENAI}, 0, "content", "$.system"),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, 1, "content", "$.history[0][1]"),
+        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, 3, "content", "$.output"),
+        ({"data": ["q", "a"]}, 1, "content", "$.data[1]"),
+        (OPENAI, 1, "tool_calls[0]", "$.messages[1].tool_calls[0]"),
+        (OPENAI, -1, "tools[0]", "$.tools[0]"),
+        (OPENAI, 3, "", "$.messages[3]"),
+    ],
+)  # fmt: skip
+def test_a_place_is_where_its_author_wrote_it(record, index, part, path):
+    assert reconcile(record).place(index, part) == path
+
+
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        ({"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na"}, "unknown_shape"),
+        ({"text": "<|im_start|>user\nq<|im_end|>and more<|im_start|>assistant\na<|im_end|>"}, "unknown_shape"),
+        ({"text": "<|im_start|>user\n<|im_start|>assistant\na<|im_end|>"}, "unknown_shape"),
+        ({"text": "just text"}, "unknown_shape"),
+        ({"chosen": "a", "rejected": "b"}, "unknown_shape"),
+        ({"data": ["q", 7], "text": "x"}, "unknown_shape"),
+        ({"query": "q"}, "null_content"),
+        ({"query": "q", "response": 7}, "content_type"),
+        ({"conversation": [{"human": "q", "assistant": 7}]}, "content_type"),
+    ],
+    ids=str,
+)
+def test_what_does_not_read_as_a_whole_is_refused(record, code):
+    with pytest.raises(RecordError) as refusal:
+        reconcile(record)
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_field_of_a_format_is_known_and_has_a_target(name):
+    for path in FORMATS[name].fields:
+        assert path.split("[")[0] in KNOWN_FIELDS
+        assert target_of(name, path) is not None
+        assert target_of(name, path.split("[")[0]) is not None
