@@ -89,6 +89,13 @@ ERROR = Flag(
 WARN = Flag(name="warn", kind="list", default=(), help="Codes of findings that are warnings.")
 IGNORE = Flag(name="ignore", kind="list", default=(), help="Codes of findings that are not reported.")
 
+DECONTAMINATE = Flag(
+    name="decontaminate",
+    kind="list",
+    default=(),
+    help="Files of conversations or plain text, benchmarks say: records that share 13 words in a row are left out.",
+)
+
 SEVERITY_FLAGS = (ERROR, WARN, IGNORE)
 TOKENIZER_FLAGS = (TOKENIZER, CHAT_TEMPLATE, ADD_CHATML_TOKENS)
 RENDER_FLAGS = (TRAIN_ON, UNROLL_TURNS, CHAT_TEMPLATE_KWARGS, UNSUPPORTED_TOOLS, SPECIAL_TOKENS_IN_TEXT, TEMPLATE_DATE)
@@ -107,6 +114,7 @@ BUILD_FLAGS = (
         help="A bad record: write it to quarantine.jsonl and go on, or stop at the first.",
     ),
     *SEVERITY_FLAGS,
+    DECONTAMINATE,
     Flag(
         name="max_bad_fraction",
         kind="float",

@@ -109,6 +109,7 @@ _VALIDATE_FLAGS = (
     *build_flags.RENDER_FLAGS,
     Flag(name="max_length", kind="int", minimum=2, help="With a tokenizer: report conversations longer than this."),
     *build_flags.SEVERITY_FLAGS,
+    build_flags.DECONTAMINATE,
     Flag(name="baseline", help="An earlier json, jsonl or sarif output: its findings are let through, new ones fail."),
     Flag(
         name="format",

@@ -11,6 +11,8 @@ import msgspec
 
 from dft_common.records import Conversation, Finding
 from dft_prep.codes import CODES
+from dft_prep.converters import quoted
+from dft_prep.ngrams import Ngrams
 from dft_prep.readers import RawRecord
 from dft_prep.severities import Severities
 from dft_prep.split import conversation_key
@@ -40,10 +42,11 @@ class Good(msgspec.Struct):
 class Examiner:
     """Examines the records of one unit."""
 
-    def __init__(self, unit: Unit, severities: Severities, encoder: BatchEncoder | None) -> None:
+    def __init__(self, unit: Unit, severities: Severities, contamination: Ngrams, encoder: BatchEncoder | None) -> None:
         """encoder: None without a tokenizer."""
         self.judge = Judge(unit.file.shown, unit.reading, severities)
-        self._severities, self._encoder = severities, encoder
+        self._contamination = contamination if len(contamination) else None
+        self._encoder = encoder
 
     def __call__(self, raw: RawRecord) -> Good | Finding:
         """A finding leaves the record out. Raises DataError where a mask is not what inference would have generated."""
@@ -51,6 +54,12 @@ class Examiner:
         if isinstance(judged, Finding):
             return judged
         conversation, notes = judged.conversation, judged.notes
+        if self._contamination is not None and (shared := self._contamination.find(conversation)) is not None:
+            index, words = shared
+            found = f"shares {quoted(words)} with a file of --decontaminate"
+            self.judge.note(notes, raw, "contaminated", judged.place(index, "content"), found)
+            if bad := first_error(notes):
+                return bad
         if self._encoder is None:
             return Good(conversation, notes, _NO_ROWS, _NO_KEY)
         return self._rendered(self._encoder, conversation, notes, raw)

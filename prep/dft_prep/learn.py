@@ -5,6 +5,7 @@ Called by `build`, `validate_command` and `preview`, so that a validation fails 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import islice
 
@@ -13,6 +14,7 @@ from dft_common.records import Conversation
 from dft_prep.checks import self_check
 from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, choose_encoder
+from dft_prep.files import FileError
 from dft_prep.readers import UnitReader
 from dft_prep.recipe import Recipe
 from dft_prep.render import Renderer
@@ -30,9 +32,11 @@ def sample(units: Sequence[Unit]) -> list[Conversation]:
         firsts.setdefault(unit.source, unit)
     found: list[Conversation] = []
     for unit in islice(firsts.values(), _SAMPLED_SOURCES):
-        for judged in map(Judge("", unit.reading), islice(UnitReader(unit), _SAMPLED_PER_SOURCE)):
-            if isinstance(judged, Judged):
-                found.append(judged.conversation)
+        # What cannot be read is told when its turn comes.
+        with contextlib.suppress(FileError):
+            for judged in map(Judge("", unit.reading), islice(UnitReader(unit), _SAMPLED_PER_SOURCE)):
+                if isinstance(judged, Judged):
+                    found.append(judged.conversation)
     return found
 
 

@@ -17,6 +17,7 @@ from dft_prep.encode import BatchEncoder
 from dft_prep.encoders import ReferenceEncoder
 from dft_prep.examine import Examiner
 from dft_prep.learn import learn
+from dft_prep.ngrams import make_ngrams
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.recipe import BuildOptions, make_recipe
 from dft_prep.segments import Decoder
@@ -54,7 +55,7 @@ def _in_turn(streams: list[Iterator[Shown]]) -> Iterator[Shown]:
 def _shown(source: Source, encoder: BatchEncoder, decoder: Decoder, tokens: bool) -> Iterator[Shown]:
     for file in source.files:
         for unit in plan_units(file, source.name, source.reading):
-            examine = Examiner(unit, AS_CODED, encoder)
+            examine = Examiner(unit, AS_CODED, make_ngrams([]), encoder)
             for raw in UnitReader(unit):
                 yield from _record(raw, examine, source.name, encoder, decoder, tokens)
 

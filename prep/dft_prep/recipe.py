@@ -19,6 +19,7 @@ from dft_common.errors import SetupError
 from dft_common.fingerprint import hash_bytes, hash_object
 from dft_common.flags import nearest
 from dft_common.schema import TokenDtype
+from dft_prep.decontaminate import Ngrams, load_ngrams
 from dft_prep.render import CHATML, RenderOptions
 from dft_prep.severities import Severities, parse_severities
 from dft_prep.tokenizer_files import CHATML_TOKENS, TokenizerFiles, load_tokenizer
@@ -52,6 +53,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     error: tuple[str, ...] = ()
     warn: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()
     max_bad_fraction: float = 0.01
     max_bad_records: int = 10
     deduplicate: bool = True
@@ -150,6 +152,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: TokenizerFiles
     template: Template
     date: datetime.date
+    contamination: Ngrams
+    """What must not be in the data: of the files of --decontaminate."""
 
     @property
     def uses_date(self) -> bool:
@@ -181,6 +185,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
         recipe: dict[str, Any] = {
             "sources": sources,
             "chat_template": self.template.fingerprint,
+            "decontaminate": self.contamination.fingerprint if options.decontaminate else None,
             "severities": dict(sorted(self.severities.changed.items())),
             "train_on": options.train_on,
             "unroll_turns": options.unroll_turns,
@@ -234,4 +239,5 @@ def make_recipe(options: BuildOptions, date: datetime.date) -> Recipe:
         tokenizer=tokenizer,
         template=template,
         date=date,
+        contamination=load_ngrams(options.decontaminate),
     )

@@ -21,6 +21,7 @@ from dft_prep.baseline import finding_fingerprint
 from dft_prep.codes import CODES
 from dft_prep.examine import Examiner, Good
 from dft_prep.files import FileError
+from dft_prep.ngrams import Ngrams
 from dft_prep.readers import FileNote, RawRecord, UnitReader
 from dft_prep.seen import SEEN_DTYPE, seen_rows
 from dft_prep.severities import Severities
@@ -49,6 +50,7 @@ class SurveyContext(msgspec.Struct, frozen=True, kw_only=True):
     encoding: WorkContext | None
     """With a tokenizer: how a build would encode."""
     max_length: int | None
+    contamination: Ngrams
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -142,7 +144,7 @@ class _Survey:
         """watch: what limits how long a render may take."""
         self._context, self._encoder, self._watch, self._unit = context, encoder, watch, unit
         self._reader = UnitReader(unit)
-        self._examine = Examiner(unit, context.severities, encoder)
+        self._examine = Examiner(unit, context.severities, context.contamination, encoder)
         self._portion = Portion()
         self._keys: list[bytes] = []
         self._places: list[tuple[int, int]] = []

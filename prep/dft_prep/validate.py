@@ -36,6 +36,8 @@ class Judged(msgspec.Struct):
     conversation: Conversation
     notes: list[Finding]
     """Warnings and infos: they do not leave it out."""
+    place: Callable[[int, str], str]
+    """(index of a message or -1, part of it) -> its JSON path in the record as its author wrote it."""
 
 
 class Judge:
@@ -98,7 +100,7 @@ class Judge:
             self.note(notes, raw, odd.code, place(odd.message_index, odd.part), odd.found, odd.help)
         if notes and (bad := first_error(notes)):
             return bad
-        return Judged(conversation, notes)
+        return Judged(conversation, notes, place)
 
     def note(self, notes: list[Finding], raw: RawRecord, code: str, path: str, found: str, help: str = "") -> None:
         """Add a finding to `notes`, as grave as the recipe has it."""

@@ -19,6 +19,7 @@ from dft_common.logs import get_logger
 from dft_common.records import Finding
 from dft_prep.baseline import finding_fingerprint, read_baseline
 from dft_prep.codes import CODES
+from dft_prep.decontaminate import load_ngrams
 from dft_prep.engine import default_workers, run_units
 from dft_prep.fields import field_uses
 from dft_prep.findings import FindingWriter, make_writer
@@ -69,6 +70,7 @@ class ValidateOptions(msgspec.Struct, frozen=True, kw_only=True):
     error: tuple[str, ...] = ()
     warn: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    decontaminate: tuple[str, ...] = ()
     baseline: str | None = None
     format: Literal["text", "json", "jsonl", "github", "sarif", "junit"] = "text"
     output: str | None = None
@@ -140,6 +142,7 @@ class _Validation:
             most=self._options.max_errors,
             encoding=self._encoding(units),
             max_length=self._options.max_length,
+            contamination=load_ngrams(self._options.decontaminate),
         )
         workers = self._options.preprocessing_num_workers or default_workers()
         waiting: dict[int, list[Portion]] = {}

@@ -23,6 +23,7 @@ from dft_common.schema import TokenDtype
 from dft_prep.encode import CHECKED_ONE_IN, BatchEncoder
 from dft_prep.encoders import ReferenceEncoder, make_encoder
 from dft_prep.examine import Examiner
+from dft_prep.ngrams import Ngrams
 from dft_prep.parts import PartWriter
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.recipe import Recipe
@@ -52,6 +53,7 @@ class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
     parts_dir: Path
     stop_at_first: bool
     severities: Severities
+    contamination: Ngrams
 
 
 def work_context(recipe: Recipe, encoder: str, parts_dir: Path) -> WorkContext:
@@ -67,6 +69,7 @@ def work_context(recipe: Recipe, encoder: str, parts_dir: Path) -> WorkContext:
         parts_dir=parts_dir,
         stop_at_first=recipe.options.on_error == "stop",
         severities=recipe.severities,
+        contamination=recipe.contamination,
     )
 
 
@@ -197,6 +200,7 @@ class Worker:
             fingerprint,
             msgspec.to_builtins(unit.reading),
             sorted(context.severities.changed.items()),
+            context.contamination.fingerprint,
         ]
         return hash_object(made_by)
 
@@ -219,7 +223,7 @@ class Worker:
         part = _Part(self, key)
         try:
             reader = UnitReader(unit)
-            examine = Examiner(unit, self.context.severities, self.encoder)
+            examine = Examiner(unit, self.context.severities, self.context.contamination, self.encoder)
             with WATCH.on():
                 for raw in reader:
                     part.info.read += 1
