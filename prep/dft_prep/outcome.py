@@ -65,7 +65,9 @@ def describe(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
                 "name": source.name,
                 "split": source.split,
                 "max_conversations": source.max_conversations,
-                "reading": msgspec.to_builtins(source.reading),
+                "format": source.reading.format,
+                "fields": dict(source.reading.fields),
+                "roles": dict(source.reading.roles),
             }
             for source in sources
         ]

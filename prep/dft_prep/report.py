@@ -57,7 +57,8 @@ def summary_lines(manifest: Manifest, indexes: Sequence[PackIndexInfo]) -> list[
         index = next(index for index in indexes if index.split == split)
         lines.append(f"  {split}: {info.rows:,} conversations, {info.tokens:,} tokens, {_describe_packs(index)}")
         lines += _lost_lines(index)
-    lines += [f"  note: {number:,} x {CODES[code].meaning}" for code, number in manifest.warnings.items()]
+    for name, number in manifest.warnings.items():
+        lines.append(f"  note: {number:,} x {name}: {CODES[name].meaning} {CODES[name].remedy}")
     return lines
 
 

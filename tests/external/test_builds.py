@@ -1,4 +1,5 @@
-"""Seven files by other people, three tokenizers: every record is kept or left out for a reason, every reply is live."""
+"""Seven files by other people and one in every format, three tokenizers: every record is kept or left out for a reason,
+every reply is live."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import wild
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 SOURCES = SHARED / "sources"
@@ -51,6 +54,9 @@ def test_every_reply_of_every_source_is_live_verbatim(tokenizer, tmp_path):
 
     files = sorted(SOURCES.iterdir())
     assert len(files) == 7
+    (tmp_path / "wild").mkdir()
+    made = wild.write_every_format(tmp_path / "wild")
+    files += sorted((tmp_path / "wild").iterdir())
     words = [
         "build",
         "--data_files",
@@ -58,10 +64,10 @@ def test_every_reply_of_every_source_is_live_verbatim(tokenizer, tmp_path):
         "--tokenizer",
         SHARED / "tokenizers" / tokenizer,
         "--output_dir",
-        tmp_path,
+        tmp_path / "out",
     ]
     subprocess.run([sys.executable, "-m", "dft_prep", *map(str, words)], check=True, capture_output=True)
-    manifest = read_manifest(tmp_path)
+    manifest = read_manifest(tmp_path / "out")
     read = {path.stem: records(path) for path in files}
     for source in manifest.sources:
         counts = source.counts
@@ -71,7 +77,7 @@ def test_every_reply_of_every_source_is_live_verbatim(tokenizer, tmp_path):
     joined = []
     decoder = Tokenizer.from_file(str(SHARED / "tokenizers" / tokenizer / "tokenizer.json"))
     for split in manifest.splits:
-        reader = SplitReader(tmp_path, split, manifest)
+        reader = SplitReader(tmp_path / "out", split, manifest)
         for number in range(len(reader)):
             row = reader.row(number)
             edges = np.flatnonzero(np.diff(np.concatenate([[0], row.assistant_masks, [0]])))
@@ -81,7 +87,7 @@ def test_every_reply_of_every_source_is_live_verbatim(tokenizer, tmp_path):
             joined += texts
     everything = "\0".join(joined)
     for name, items in read.items():
-        wanted = {reply for record in items for reply in replies(record) if reply}
+        wanted = set(made.get(name) or (reply for record in items for reply in replies(record) if reply))
         assert wanted
         missing = [reply for reply in wanted - live if reply not in everything]
         assert not missing, (name, len(missing), missing[0])
