@@ -15,6 +15,7 @@ from dft_common.records import Conversation, Message
 from dft_prep.fields import Signature
 from dft_prep.formats import KNOWN_FIELDS
 from dft_prep.repeats import quotes_of
+from dft_prep.rules import find_escape
 
 _GIVE_UP_AFTER = 100
 _MOST_NAMES = 30
@@ -32,6 +33,8 @@ class PlainReader:
         self._names: tuple[str, ...] = ()
         self._quotes = 0
         self._misses = self._hits = 0
+        self.escapes = False
+        """Whether the record that was read last has escapes of characters by their number."""
         self.new: Signature | None = None
         """Of the record that was read last, where none before it had these fields and types."""
         self._counts: dict[tuple[type, ...], list[Any]] = {}
@@ -62,7 +65,8 @@ class PlainReader:
         if inner and inner != "".join(contents).count('"'):
             return self._missed()
         # A mark that is written as \\u0022 is missing in the text, and could hide one that a repeated key adds.
-        if (inner or types) and b"u0022" in data:
+        self.escapes = b"\\" in data and find_escape(data) is not None
+        if (inner or types) and self.escapes and b"u0022" in data:
             return self._missed()
         self._hits += 1
         self._count(types)

@@ -26,8 +26,12 @@ _MOST = 20
 """Findings of one code in one record: a record of a million empty turns is one bad record."""
 
 
-def find_oddities(conversation: Conversation, raw: bytes | None = None) -> list[Oddity]:
-    """Every oddity, in the order of the messages. raw: the record's bytes, where it has any, for quick searches."""
+def find_oddities(conversation: Conversation, raw: bytes | None = None, escapes: bool | None = None) -> list[Oddity]:
+    """Every oddity, in the order of the messages.
+
+    raw: the record's bytes, where it has any, for quick searches. escapes: whether `find_escape` finds any in them,
+    where that is known.
+    """
     messages = conversation.messages
     found: list[Oddity] = []
     suspect = calls = control = False
@@ -63,7 +67,7 @@ def find_oddities(conversation: Conversation, raw: bytes | None = None) -> list[
         previous = role
     if suspect or previous != "assistant":
         found += _turn_oddities(messages)
-    if control or _may_hold_control(raw, messages):
+    if control or _may_hold_control(raw, messages, escapes):
         found += _control_characters(messages)
     if calls:
         found += find_tool_oddities(conversation)
@@ -135,7 +139,7 @@ _UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\
 _PAST_PLANE_1 = re.compile("[\U0001fffe-\U0010ffff]")
 _DELETE, _BACKSLASH, _C2, _B7, _BF = 0x7F, 0x5C, 0xC2, 0xB7, 0xBF
 # A byte is looked for 20 times as fast as a pattern, and a plain pattern several times as fast as any other.
-_ESCAPE = re.compile(rb"\\u").search
+find_escape = re.compile(rb"\\u").search
 _CONTROL_ESCAPE = re.compile(rb"\\u00[0-9]").search
 _C1_IN_UTF8 = re.compile(rb"\xc2[\x80-\x9f]").search
 _FDD0_IN_UTF8 = re.compile(rb"\xef\xb7").search
@@ -143,10 +147,13 @@ _END_OF_PLANE_IN_UTF8 = re.compile(rb"\xbf[\xbe\xbf]").search
 _encode = msgspec.json.Encoder().encode
 
 
-def _may_hold_control(raw: bytes | None, messages: Sequence[Message]) -> bool:
+def _may_hold_control(raw: bytes | None, messages: Sequence[Message], escapes: bool | None) -> bool:
     """Whether some text may hold a character of `_UNWANTED`, U+0008 and U+000C aside, or a noncharacter."""
-    if raw is not None and not (_BACKSLASH in raw and _ESCAPE(raw)):
-        return _stands_in_utf8(raw)
+    if raw is not None:
+        if escapes is None:
+            escapes = _BACKSLASH in raw and find_escape(raw) is not None
+        if not escapes:
+            return _stands_in_utf8(raw)
     # Escapes of any character: written anew, only those of control characters are left.
     written = _encode(messages)
     return _CONTROL_ESCAPE(written) is not None or _stands_in_utf8(written)

@@ -7,6 +7,7 @@ temporary files, a bucket each, and each bucket is sorted on its own.
 from __future__ import annotations
 
 import tempfile
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
@@ -26,12 +27,12 @@ class Duplicate(NamedTuple):
     first: Any
 
 
-def seen_rows(keys: Sequence[bytes], places: Sequence[tuple[int, int]]) -> np.ndarray:
-    """[records] SEEN_DTYPE, the unit left 0. keys: `same_key`; places: (line, byte offset)."""
+def seen_rows(keys: Sequence[bytes], lines: array[int], offsets: array[int]) -> np.ndarray:
+    """[records] SEEN_DTYPE, the unit left 0. keys: `same_key`; offsets: of the records' first bytes."""
     rows = np.zeros(len(keys), SEEN_DTYPE)
     hashes = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
     rows["high"], rows["low"] = hashes[:, 0], hashes[:, 1]
-    rows["line"], rows["byte_offset"] = np.array(places, np.int64).reshape(-1, 2).T
+    rows["line"], rows["byte_offset"] = np.frombuffer(lines, np.int64), np.frombuffer(offsets, np.int64)
     return rows
 
 

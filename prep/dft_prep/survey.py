@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from dft_common.errors import DataError
 from dft_common.records import Finding
 from dft_prep.baseline import finding_fingerprint
 from dft_prep.codes import CODES
-from dft_prep.examine import Examiner, Good
+from dft_prep.examine import Examiner
 from dft_prep.files import FileError
 from dft_prep.ngrams import Ngrams
 from dft_prep.readers import FileNote, RawRecord, UnitReader
@@ -147,7 +148,7 @@ class _Survey:
         self._examine = Examiner(unit, context.severities, context.contamination, encoder)
         self._portion = Portion()
         self._keys: list[bytes] = []
-        self._places: list[tuple[int, int]] = []
+        self._lines, self._offsets = array("q"), array("q")
         self._rows: list[tuple[Rendered, RawRecord]] = []
         self._characters = self._passed = 0
         self._room = Room(context.most)
@@ -169,6 +170,7 @@ class _Survey:
         """Examine records for some time; False when there are no more."""
         portion, examine = self._portion, self._examine
         until = time.monotonic() + _PORTION_SECONDS
+        keys, lines, offsets = self._keys, self._lines, self._offsets
         read = good = 0
         more = False
         try:
@@ -180,7 +182,14 @@ class _Survey:
                         self._add(examined, raw.data)
                     else:
                         good += 1
-                        self._add_good(examined, raw)
+                        keys.append(same_key(examined.conversation))
+                        lines.append(raw.line)
+                        offsets.append(raw.byte_offset)
+                        if examined.notes:
+                            for note in examined.notes:
+                                self._add(note, raw.data)
+                        if examined.rows:
+                            self._add_rows(examined.rows, raw)
                     if not read % _CLOCK_EVERY and time.monotonic() > until:
                         more = True
                         break
@@ -189,17 +198,11 @@ class _Survey:
         portion.records, portion.good = read, good
         return more
 
-    def _add_good(self, good: Good, raw: RawRecord) -> None:
-        if good.notes:
-            for note in good.notes:
-                self._add(note, raw.data)
-        self._keys.append(same_key(good.conversation))
-        self._places.append((raw.line, raw.byte_offset))
-        if good.rows:
-            self._rows += [(rendered, raw) for rendered in good.rows]
-            self._characters += sum(len(rendered.text) for rendered in good.rows)
-            if self._characters >= _BATCH_CHARACTERS:
-                self._encode()
+    def _add_rows(self, rows: list[Rendered], raw: RawRecord) -> None:
+        self._rows += [(rendered, raw) for rendered in rows]
+        self._characters += sum(len(rendered.text) for rendered in rows)
+        if self._characters >= _BATCH_CHARACTERS:
+            self._encode()
 
     def _encode(self) -> None:
         if self._encoder is None or not self._rows:
@@ -245,8 +248,8 @@ class _Survey:
 
     def _hand_over(self) -> Portion:
         portion, self._portion = self._portion, Portion()
-        portion.seen = seen_rows(self._keys, self._places)
-        self._keys, self._places = [], []
+        portion.seen = seen_rows(self._keys, self._lines, self._offsets)
+        self._keys, self._lines, self._offsets = [], array("q"), array("q")
         passed = self._unit.size if portion.lines >= 0 else self._reader.passed
         portion.size, self._passed = passed - self._passed, passed
         return portion

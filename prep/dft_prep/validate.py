@@ -60,7 +60,7 @@ class Judge:
             if conversation is not None:
                 if self._plain.new is not None:
                     self._note_unused(self._plain.new, raw)
-                return self._by_the_rules(conversation, place_in_messages, raw, [])
+                return self._by_the_rules(conversation, place_in_messages, raw, [], self._plain.escapes)
         return self._ordinarily(raw)
 
     def _ordinarily(self, raw: RawRecord) -> Judged | Finding:
@@ -93,10 +93,15 @@ class Judge:
         return self._by_the_rules(reconciled.conversation, reconciled.place, raw, notes)
 
     def _by_the_rules(
-        self, conversation: Conversation, place: Callable[[int, str], str], raw: RawRecord, notes: list[Finding]
+        self,
+        conversation: Conversation,
+        place: Callable[[int, str], str],
+        raw: RawRecord,
+        notes: list[Finding],
+        escapes: bool | None = None,
     ) -> Judged | Finding:
         """Good, with what is odd about it; or the first oddity that the recipe calls an error."""
-        for odd in find_oddities(conversation, raw.data if isinstance(raw.data, bytes) else None):
+        for odd in find_oddities(conversation, raw.data if isinstance(raw.data, bytes) else None, escapes):
             self.note(notes, raw, odd.code, place(odd.message_index, odd.part), odd.found, odd.help)
         if notes and (bad := first_error(notes)):
             return bad

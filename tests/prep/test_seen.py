@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,8 @@ def fill(units: list[list[int]]) -> Seen:
     found = Seen()
     for number in reversed(range(len(units))):  # units finish in any order
         keys = [bytes([key]) * 16 for key in units[number]]
-        rows = seen_rows(keys, [(line, 10 * line) for line in range(1, len(keys) + 1)])
+        lines = array("q", range(1, len(keys) + 1))
+        rows = seen_rows(keys, lines, array("q", (10 * line for line in lines)))
         rows["unit"] = number
         found.add(rows)
     return found

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from dft_common.errors import SetupError
 from dft_prep import engine, units
+from dft_prep.ngrams import make_ngrams
 from dft_prep.severities import Severities
 from dft_prep.sources import resolve_sources
 from dft_prep.survey import Room, SurveyContext, SurveyJob
@@ -144,7 +145,14 @@ def test_what_is_found_is_sent_while_a_large_unit_is_still_read(tmp_path, monkey
     path.write_bytes(gzip.compress(b"\n".join([NO_REPLY, *GOOD * 10]) + b"\n"))
     (source,) = resolve_sources([str(path)])
     (unit,) = units.plan_units(source.files[0], "a")
-    context = SurveyContext(severities=Severities(), known=frozenset(), most=5, encoding=None, max_length=None)
+    context = SurveyContext(
+        severities=Severities(),
+        known=frozenset(),
+        most=5,
+        encoding=None,
+        max_length=None,
+        contamination=make_ngrams([]),
+    )
     portions = list(SurveyJob(context).start()(unit))
     assert len(portions) > 5
     assert [found.finding.code for found in portions[0].found] == ["no_assistant"]
