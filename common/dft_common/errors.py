@@ -21,6 +21,9 @@ EXIT_INTERRUPTED = 130
 # half surrogate pairs, which no output can take.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# What JSON leaves as it is: DEL, C1 controls, the Unicode line ends and bidi overrides.
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
 
 class DftError(Exception):
     """An error that the user can act on. `remedy` says how; it is printed on a line of its own."""
@@ -54,6 +57,15 @@ def _rebuild(kind: type[DftError], message: str, remedy: str) -> DftError:
 def printable(text: str) -> str:
     """`text` with terminal control characters shown as `\\x1b` and the like, for messages that quote data."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def printable_json(text: str) -> str:
+    """JSON text with what a terminal may obey as its JSON escapes (`\\u009b`). ASCII's controls are escapes already."""
+    return text if text.isascii() and "\x7f" not in text else _UNSAFE_IN_JSON.sub(_json_escape, text)
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def report_error(error: DftError) -> int:

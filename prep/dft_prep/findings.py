@@ -12,13 +12,11 @@ from typing import Any, Protocol, TextIO
 
 import msgspec
 
-from dft_common.errors import printable
+from dft_common.errors import printable, printable_json
 from dft_common.records import Finding
 from dft_prep.summary import Summary
 
 _BREAKING = re.compile("[\n\t\u2028\u2029]")
-# JSON has escapes of its own for the controls of ASCII, DEL apart.
-_STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class FindingWriter(Protocol):
@@ -96,7 +94,7 @@ def json_text(value: Any) -> str:
         text = msgspec.json.encode(value).decode()
     except UnicodeEncodeError:
         text = msgspec.json.encode(_whole(msgspec.to_builtins(value))).decode()
-    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return printable_json(text)
 
 
 def _whole(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from dft_common.errors import printable
+from dft_common.errors import printable, printable_json
 from dft_common.manifest import encode_json
 from dft_prep.segments import Segment, Token
 
@@ -27,8 +27,6 @@ BORDER = "│"
 TRAINED = ("⟦", "⟧")
 CONTROL = ("‹", "›")
 
-# What JSON leaves as it is, though a terminal may obey it: DEL, C1 controls and the Unicode bidi overrides.
-_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SAMPLE = (
     Segment(trained=True, text="trained"),
     Segment(trained=False, text=" context "),
@@ -157,8 +155,6 @@ def print_text(items: Sequence[Shown], *, borders: bool) -> None:
 
 def print_json(value: Any) -> None:
     """Print to stdout as UTF-8, whatever the locale, with what a terminal may obey as `\\u009b` and the like."""
-    text = encode_json(value).decode()
-    safe = _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     sys.stdout.flush()
-    sys.stdout.buffer.write(safe.encode())
+    sys.stdout.buffer.write(printable_json(encode_json(value).decode()).encode())
     sys.stdout.buffer.flush()

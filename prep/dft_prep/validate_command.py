@@ -7,6 +7,7 @@ lengths are found.
 from __future__ import annotations
 
 import datetime
+import io
 import sys
 from collections import Counter
 from pathlib import Path
@@ -85,6 +86,8 @@ def run_validate(options: ValidateOptions) -> int:
     known = read_baseline(options.baseline) if options.baseline is not None else frozenset()
     sources = resolve_sources(options.data_files)
     if options.output is None:
+        if options.format != "text" and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as these formats are, whatever the locale
         summary = _Validation(options, severities, known, sources, sys.stdout).run()
     else:
         try:

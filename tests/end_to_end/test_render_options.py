@@ -64,7 +64,7 @@ def test_history_that_a_template_rewrites_is_counted_and_the_remedies_named(dft_
     data = tiny.write_jsonl(tmp_path / "data.jsonl", reasoned(5))
     done = build(dft_prep, data, thinking_dir, tmp_path / "out")
     assert read_manifest(tmp_path / "out").warnings["history_rewritten"] == 6
-    line = next(line for line in done.stderr.splitlines() if "6 x history_rewritten: An earlier reply is printed otherwise" in line)
+    line = next(line for line in done.stderr.splitlines() if "6 x history_rewritten: An earlier reply" in line)
     assert "--train_on last" in line and "--unroll_turns" in line
 
 
