@@ -80,9 +80,10 @@ def _pack(dataset_dir: str, **values: Any) -> None:
         click.echo(f"{split}: {describe_index(index)}", err=True)
 
 
-def _validate(**values: Any) -> int:
+def _validate(files: tuple[str, ...], **values: Any) -> int:
     from dft_prep.validate_command import ValidateOptions, run_validate
 
+    values["data_files"] += files
     if not values["data_files"]:
         raise click.UsageError("--data_files is missing: give the files to validate")
     return run_validate(ValidateOptions(**values))
@@ -157,8 +158,10 @@ _PACK_FLAGS = tuple(_as_in_recipe(flag) for flag in build_flags.PACK_FLAGS)
 _COMMANDS = (
     FlagCommand("build", _build, build_flags.BUILD_FLAGS, short_help="Build a dataset from chat files.",
                 help="Build a dataset: read, render, mask, encode, deduplicate, split, pack."),
-    FlagCommand("validate", _validate, _VALIDATE_FLAGS, short_help="Report every bad record.",
-                help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error."),
+    FlagCommand("validate", _validate, _VALIDATE_FLAGS, arguments=[click.Argument(["files"], nargs=-1)],
+                short_help="Report every bad record.",
+                help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error. FILES are more "
+                "data files, for programs that put them last; behind `--` they may begin with a dash."),
     FlagCommand("explain", _explain, (), arguments=[click.Argument(["code"], required=False)],
                 short_help="Say what a finding's code means.",
                 help="Say what CODE means, with an example and how to repair it; without CODE, list them all."),
