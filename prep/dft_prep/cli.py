@@ -160,8 +160,8 @@ _COMMANDS = (
                 help="Build a dataset: read, render, mask, encode, deduplicate, split, pack."),
     FlagCommand("validate", _validate, _VALIDATE_FLAGS, arguments=[click.Argument(["files"], nargs=-1)],
                 short_help="Report every bad record.",
-                help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error. FILES are more "
-                "data files, for programs that put them last; behind `--` they may begin with a dash."),
+                help="Report every finding as file:line:column: CODE message. Exit 1 if there is an error. FILES are "
+                "more data files, for programs that put them last; behind `--` they may begin with a dash."),
     FlagCommand("explain", _explain, (), arguments=[click.Argument(["code"], required=False)],
                 short_help="Say what a finding's code means.",
                 help="Say what CODE means, with an example and how to repair it; without CODE, list them all."),
