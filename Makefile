@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 WHEEL_VENV := .venv-wheel
 
-.PHONY: install demo test check check-wheel clean
+.PHONY: install demo test fuzz check check-wheel clean
 
 install: $(VENV)/installed
 
@@ -33,6 +33,10 @@ check: install
 
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# A nightly's worth of damaged files; `make test` tries 2,000.
+fuzz: install
+	DFT_FUZZ_CASES=100000 $(BIN)/pytest -n 2 tests/prep/test_fuzz.py tests/external/test_fuzz_shared.py
 
 # The base install alone: no torch, no transformers, no datasets.
 check-wheel:

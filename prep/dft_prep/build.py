@@ -44,7 +44,7 @@ from dft_prep.report import print_summary, write_report
 from dft_prep.sources import Source, resolve_sources
 from dft_prep.stops import stop_warnings
 from dft_prep.units import Unit, lines_before, plan_units
-from dft_prep.work import EncodeJob, UnitResult, Worker, part_path, part_quarantine_path, work_context
+from dft_prep.work import EncodeJob, Progressed, UnitResult, Worker, part_path, part_quarantine_path, work_context
 from dft_prep.workspace import Workspace
 
 
@@ -178,6 +178,7 @@ def _run(
     units = [plan.unit for plan in planned]
     results: dict[int, UnitResult] = {}
     stopped: dict[int, Finding] = {}
+    told: dict[int, Progressed] = {}
     run = run_units(
         units,
         EncodeJob(context),
@@ -191,8 +192,12 @@ def _run(
             if isinstance(result, Finding):
                 stopped[number] = result
                 continue
-            results[number] = result
-            progress.advance(units[number].size, result.info.read, result.info.tokens)
+            before, after = told.get(number, Progressed()), result
+            if isinstance(result, UnitResult):
+                results[number] = result
+                after = Progressed(units[number].size, result.info.read, result.info.tokens)
+            told[number] = after
+            progress.advance(after.size - before.size, after.read - before.read, after.tokens - before.tokens)
     if stopped:
         first = min(stopped)
         raise _stopped_by(stopped[first], units[first])

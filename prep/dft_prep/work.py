@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ from dft_prep.validate import quarantine_line
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_ROWS = 1000
+_PROGRESS_SECONDS = 1.0
+_CLOCK_EVERY = 64
 
 
 class WorkContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +88,14 @@ class PartInfo(msgspec.Struct, kw_only=True):
     """`FieldCounts.counts()`."""
     lines: int = 0
     """Newlines in the unit: line numbers in its findings count from the unit's start."""
+
+
+class Progressed(msgspec.Struct, frozen=True):
+    """How far a unit is: bytes of its file, records and tokens so far."""
+
+    size: int = 0
+    read: int = 0
+    tokens: int = 0
 
 
 class UnitResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -179,7 +190,7 @@ class EncodeJob(msgspec.Struct, frozen=True):
 
     context: WorkContext
 
-    def start(self) -> Callable[[Unit], Iterator[Finding | UnitResult]]:
+    def start(self) -> Callable[[Unit], Iterator[Progressed | Finding | UnitResult]]:
         return Worker(self.context, make_batch_encoder(self.context)).run
 
 
@@ -204,10 +215,11 @@ class Worker:
         ]
         return hash_object(made_by)
 
-    def run(self, unit: Unit) -> Iterator[Finding | UnitResult]:
+    def run(self, unit: Unit) -> Iterator[Progressed | Finding | UnitResult]:
         """Make the part of `unit`, or find it made. Raises DataError, or EncoderMismatch.
 
-        Yields its result, or with --on_error stop the finding that stopped it (its line counted from the unit's start).
+        Yields now and then how far it is, and then its result; or, with --on_error stop, the finding that stopped it
+        (its line counted from the unit's start).
         """
         fingerprint = unit_fingerprint(unit)
         key = self.part_key(unit, fingerprint)
@@ -224,10 +236,14 @@ class Worker:
         try:
             reader = UnitReader(unit)
             examine = Examiner(unit, self.context.severities, self.context.contamination, self.encoder)
+            due = time.monotonic() + _PROGRESS_SECONDS
             with WATCH.on():
                 for raw in reader:
                     part.info.read += 1
                     finding = self._one(part, raw, examine)
+                    if part.info.read % _CLOCK_EVERY == 0 and time.monotonic() > due:
+                        due = time.monotonic() + _PROGRESS_SECONDS
+                        yield Progressed(reader.passed, part.info.read, part.info.tokens)
                     if finding is not None and self.context.stop_at_first:
                         part.abandon()
                         yield finding
