@@ -117,12 +117,11 @@ def fields_of(record: Mapping[str, Any], form: str) -> tuple[tuple[str, type], .
     for key in _lists_of_messages(form):
         messages = record.get(key)
         if isinstance(messages, list):
-            found = dict.fromkeys(
-                (name, type(value))
-                for message in messages
-                if isinstance(message, dict)
-                for name, value in message.items()
-            )
+            found: dict[tuple[str, type], None] = {}
+            for message in messages:
+                if isinstance(message, dict):
+                    for name, value in message.items():
+                        found[name, type(value)] = None
             fields += [(f"{key}[].{name}", kind) for name, kind in found]
     return tuple(fields)
 

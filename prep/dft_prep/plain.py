@@ -1,4 +1,5 @@
-"""The quick way for plain records: `{"messages": [{"role": ..., "content": ...}, ...]}`, and fields that are not used.
+"""The quick way for plain records: `{"messages": [{"role": ..., "content": ...}, ...]}`, or that in the words of ShareGPT,
+with any fields that are not used.
 
 Called by `validate.Judge`. A record that the ordinary way found plain teaches the names of its unused fields; records
 with the same names are then decoded straight into a `Conversation`. The outcome is that of the ordinary way, always:
@@ -7,11 +8,13 @@ whatever differs in the least (another key, a null, a tool call) is not taken he
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import msgspec
 
 from dft_common.records import Conversation, Message
+from dft_prep.converters import CALL_ROLES, SHAREGPT_ROLES
 from dft_prep.fields import Signature
 from dft_prep.formats import KNOWN_FIELDS
 from dft_prep.repeats import quotes_of
@@ -20,8 +23,43 @@ from dft_prep.rules import find_escape
 _GIVE_UP_AFTER = 100
 _MOST_NAMES = 30
 _QUOTES_OF_MESSAGE = 8
-_PLAIN_KEYS = {"role", "content"}
-_MESSAGE_FIELDS = (("messages[].role", str), ("messages[].content", str))
+# Names that JSON writes as they are; msgspec takes no others for a field.
+_SIMPLE = re.compile(r"[ !#-\[\]-~]+")
+
+
+class _Kind(NamedTuple):
+    """What plain records of a format look like."""
+
+    key: str
+    role_key: str
+    content_key: str
+    item: type
+    """What a message is decoded into."""
+    roles: dict[str, Any] | None
+    """A message's role by its name in the data; None where the item is the message itself."""
+
+    def place(self, message_index: int, part: str) -> str:
+        """The JSON path of a part of a message (or, with -1, of the whole)."""
+        path = "$" if message_index < 0 else f"$.{self.key}[{message_index}]"
+        part = {"content": self.content_key, "role": self.role_key}.get(part, part)
+        return f"{path}.{part}" if part else path
+
+
+_Turn = msgspec.defstruct(
+    "_Turn",
+    [("role", str, msgspec.field(name="from")), ("content", str, msgspec.field(name="value"))],
+    forbid_unknown_fields=True,
+)
+_KINDS = {
+    "openai": _Kind("messages", "role", "content", Message, None),
+    "sharegpt": _Kind(
+        "conversations",
+        "from",
+        "value",
+        _Turn,
+        {name: role for name, role in SHAREGPT_ROLES.items() if name not in CALL_ROLES},
+    ),
+}
 
 
 class PlainReader:
@@ -29,8 +67,9 @@ class PlainReader:
 
     def __init__(self) -> None:
         self._decode: Any = None
-        self._decoders: dict[tuple[str, ...], Any] = {}
+        self._decoders: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._names: tuple[str, ...] = ()
+        self._format, self.kind = "openai", _KINDS["openai"]
         self._quotes = 0
         self._misses = self._hits = 0
         self.escapes = False
@@ -58,6 +97,11 @@ class PlainReader:
         contents = [message.content for message in messages]
         if None in contents or not messages:
             return self._missed()
+        if (roles := self.kind.roles) is not None:
+            try:
+                messages = tuple([Message(role=roles[turn.role], content=turn.content) for turn in messages])
+            except KeyError:
+                return self._missed()
         if messages[-1].role != "assistant" and all(message.role != "assistant" for message in messages):
             return self._missed()
         # Whatever else a message has, and a key that stands twice, shows in the number of quotation marks.
@@ -80,8 +124,9 @@ class PlainReader:
         self.new = None
         count = self._counts.get(types)
         if count is None:
-            fields = (("messages", list), *zip(self._names, types, strict=True), *_MESSAGE_FIELDS)
-            self.new = ("openai", fields)
+            key, role_key, content_key = self.kind[:3]
+            of_messages = ((f"{key}[].{role_key}", str), (f"{key}[].{content_key}", str))
+            self.new = (self._format, ((key, list), *zip(self._names, types, strict=True), *of_messages))
             count = self._counts[types] = [self.new, 0]
         count[1] += 1
 
@@ -91,26 +136,28 @@ class PlainReader:
         self._earlier, self._counts = [], {}
         return counts
 
-    def learn(self, record: dict[str, Any]) -> None:
-        """Take `record`, an `openai` one that the ordinary way found good, as the kind that will come."""
-        if self._misses > _GIVE_UP_AFTER + self._hits // 4:
+    def learn(self, record: dict[str, Any], form: str) -> None:
+        """Take `record`, which the ordinary way found good and of the format `form`, as the kind that will come."""
+        kind = _KINDS.get(form)
+        if kind is None or kind.key not in record or self._misses > _GIVE_UP_AFTER + self._hits // 4:
             return
-        names = tuple(sorted(key for key in record if key != "messages"))
-        if len(names) > _MOST_NAMES or any(name in KNOWN_FIELDS or not name.isascii() for name in names):
+        names = tuple(sorted(key for key in record if key != kind.key))
+        if len(names) > _MOST_NAMES or any(name in KNOWN_FIELDS or not _SIMPLE.fullmatch(name) for name in names):
             return
-        if not all(message.keys() == _PLAIN_KEYS for message in record["messages"]):
+        plain = {kind.role_key, kind.content_key}
+        if not all(isinstance(item, dict) and item.keys() == plain for item in record[kind.key]):
             return
-        if names != self._names:
+        if (form, names) != (self._format, self._names):
             self._earlier += self._counts.values()
-            self._names, self._counts = names, {}
-        self._quotes = quotes_of("messages") + sum(map(quotes_of, names))
-        self._decode = self._decoders.get(names) or self._decoders.setdefault(names, _decoder(names))
+            self._format, self.kind, self._names, self._counts = form, kind, names, {}
+        self._quotes = quotes_of(kind.key) + sum(map(quotes_of, names))
+        known = self._decoders.get((form, names))
+        self._decode = known or self._decoders.setdefault((form, names), _decoder(kind, names))
 
 
-def _decoder(names: tuple[str, ...]) -> Any:
+def _decoder(kind: _Kind, names: tuple[str, ...]) -> Any:
     fields = [
-        ("messages", tuple[Message, ...]),
+        ("messages", tuple[kind.item, ...], msgspec.field(name=kind.key)),
         *((f"unused_{number}", Any, msgspec.field(name=name)) for number, name in enumerate(names)),
     ]
-    kind = msgspec.defstruct("PlainRecord", fields, forbid_unknown_fields=True)
-    return msgspec.json.Decoder(kind).decode
+    return msgspec.json.Decoder(msgspec.defstruct("PlainRecord", fields, forbid_unknown_fields=True)).decode

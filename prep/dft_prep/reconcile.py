@@ -6,6 +6,7 @@ different conversations that is an error, unless the recipe says which.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def reconcile(record: Any, reading: Reading = AS_FOUND) -> Reconciled:
 def _read(record: Mapping[str, Any], wanted: str | None, roles: Mapping[str, str]) -> tuple[Format, Turns]:
     if wanted is not None:
         return FORMATS[wanted], _converted(FORMATS[wanted], record, roles)
-    found = [form for form in FORMATS.values() if form not in SPECIAL_MESSAGES and form.evidence(record)]
+    found = [form for form in _candidates(tuple(record)) if form.evidence(record)]
     filled = [form for form in found if len(found) == 1 or _filled(form, record)] or found[:1]
     if not filled:
         raise _unknown(record)
@@ -64,6 +65,17 @@ def _read(record: Mapping[str, Any], wanted: str | None, roles: Mapping[str, str
     if len(filled) == 1:
         return filled[0], _converted(filled[0], record, roles)
     return _agreed(filled, record, roles)
+
+
+@functools.lru_cache(maxsize=1024)
+def _candidates(keys: tuple[str, ...]) -> tuple[Format, ...]:
+    """The formats that have a field among these keys."""
+    there = set(keys)
+    return tuple(
+        form
+        for form in FORMATS.values()
+        if form not in SPECIAL_MESSAGES and any(path.split("[")[0] in there for path in form.fields)
+    )
 
 
 def _special(record: Mapping[str, Any]) -> Format | None:
@@ -115,7 +127,7 @@ def _unknown(record: Mapping[str, Any]) -> RecordError:
 
 def _refuse_media(record: Mapping[str, Any]) -> None:
     for key in MEDIA_FIELDS:
-        if record.get(key) and not isinstance(record[key], bool | int | float):
+        if key in record and record[key] and not isinstance(record[key], bool | int | float):
             message = f"the record has `{key}`, which is not trained here"
             raise RecordError("media_part", f"$.{key}", message, "leave the record out")
 

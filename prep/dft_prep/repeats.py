@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+
 
 class Repeated(NamedTuple):
     """A key that stands more than once in one object."""
@@ -24,14 +28,22 @@ def quotes_of(value: Any) -> int:
     if isinstance(value, str):
         return 2 + value.count('"')
     if isinstance(value, dict):
-        return sum(2 + key.count('"') + quotes_of(item) for key, item in value.items())
+        quotes = 2 * len(value)
+        for key, item in value.items():
+            quotes += key.count('"') + (2 + item.count('"') if type(item) is str else quotes_of(item))
+        return quotes
     if isinstance(value, list):
         return sum(map(quotes_of, value))
     return 0
 
 
-def may_repeat(data: bytes, quotes: int) -> bool:
-    """Whether a text with `data` may hold a key twice. quotes: what its value accounts for."""
+def may_repeat(data: bytes, value: Any) -> bool:
+    """Whether the text `data`, of which `value` was read, may hold a key twice."""
+    try:
+        # Written anew it has as many marks as its value accounts for, several times as fast as going through it.
+        quotes = _encode(value).count(b'"')
+    except (UnicodeEncodeError, OverflowError):
+        quotes = quotes_of(value)
     # A mark written as \u0022 is missing in the text, and could hide one that a repeated key adds.
     return data.count(b'"') != quotes or (b"u0022" in data)
 

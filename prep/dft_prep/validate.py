@@ -23,7 +23,7 @@ from dft_prep.plain import PlainReader
 from dft_prep.readers import RawRecord
 from dft_prep.reading import AS_FOUND, Reading
 from dft_prep.reconcile import reconcile
-from dft_prep.repeats import find_repeated, may_repeat, quotes_of
+from dft_prep.repeats import find_repeated, may_repeat
 from dft_prep.rules import find_oddities
 from dft_prep.severities import AS_CODED, Severities
 
@@ -60,7 +60,7 @@ class Judge:
             if conversation is not None:
                 if self._plain.new is not None:
                     self._note_unused(self._plain.new, raw)
-                return self._by_the_rules(conversation, place_in_messages, raw, [], self._plain.escapes)
+                return self._by_the_rules(conversation, self._plain.kind.place, raw, [], self._plain.escapes)
         return self._ordinarily(raw)
 
     def _ordinarily(self, raw: RawRecord) -> Judged | Finding:
@@ -88,8 +88,8 @@ class Judge:
         signature = (reconciled.format, fields_of(value, reconciled.format))
         if self._fields.add(signature):
             self._note_unused(signature, raw)
-        if self._plain is not None and reconciled.format == "openai" and isinstance(raw.data, bytes):
-            self._plain.learn(value)
+        if self._plain is not None and isinstance(raw.data, bytes):
+            self._plain.learn(value, reconciled.format)
         return self._by_the_rules(reconciled.conversation, reconciled.place, raw, notes)
 
     def _by_the_rules(
@@ -116,7 +116,7 @@ class Judge:
     def _repeated_keys(self, value: Any, raw: RawRecord) -> list[Finding]:
         """Notes on keys that stand twice. Raises RecordError for one where the conversation is read from."""
         notes: list[Finding] = []
-        if isinstance(raw.data, bytes) and may_repeat(raw.data, quotes_of(value)):
+        if isinstance(raw.data, bytes) and may_repeat(raw.data, value):
             for repeated in find_repeated(raw.data):
                 key = repeated.path.rsplit(".", 1)[-1]
                 if may_read(self.reading, repeated.field):
@@ -155,12 +155,6 @@ class Judge:
 def first_error(notes: list[Finding]) -> Finding | None:
     """The first of a record's findings that the recipe calls an error: it leaves the record out."""
     return next((note for note in notes if note.severity == "error"), None)
-
-
-def place_in_messages(message_index: int, part: str) -> str:
-    """The JSON path of a part of a message in a record that is as the canonical one."""
-    path = "$" if message_index < 0 else f"$.messages[{message_index}]"
-    return f"{path}.{part}" if part else path
 
 
 def paths_of_infinities(value: Any, path: str = "$") -> Iterator[str]:

@@ -85,13 +85,26 @@ def ordinary() -> Judge:
     return judge
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(RECORDS, max_size=6), st.sampled_from(["", '"id": 3, ', '"id": 3, "meta": {}, ']))
-@example(['{"messages": [{"role": "user", "content": "\\u0022\\u0022", "content": "\\u0022\\u0022"}]}'], "")
-@example(['{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}'], "")
-def test_the_outcome_is_that_of_the_ordinary_way(texts, fields):
+def in_sharegpts_words(text: str) -> str:
+    """The record as ShareGPT has it: its keys, and some of its roles."""
+    words = {"messages": "conversations", "role": "from", "content": "value", "user": "human", "assistant": "gpt"}
+    for ours, theirs in words.items():
+        text = text.replace(f'"{ours}"', f'"{theirs}"')
+    return text
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(RECORDS, max_size=6),
+    st.sampled_from(["", '"id": 3, ', '"id": 3, "meta": {}, ']),
+    st.sampled_from([str, in_sharegpts_words]),
+)
+@example(['{"messages": [{"role": "user", "content": "\\u0022\\u0022", "content": "\\u0022\\u0022"}]}'], "", str)
+@example(['{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}'], "", str)
+@example(['{"messages": [{"role": "function_call", "content": "{}"}]}'], "", in_sharegpts_words)
+def test_the_outcome_is_that_of_the_ordinary_way(texts, fields, words):
     quick, slow = Judge("a.jsonl"), ordinary()
-    for text in ["{" + fields + json.dumps(PLAIN)[1:], *texts]:
+    for text in map(words, ["{" + fields + json.dumps(PLAIN)[1:], *texts]):
         assert outcome(quick, text) == outcome(slow, text), text
     assert sorted(quick.field_counts()) == sorted(slow.field_counts())
     assert quick.unused == slow.unused
@@ -101,11 +114,14 @@ def test_plain_records_are_read_the_quick_way():
     reader = PlainReader()
     text = json.dumps({"id": 1, **PLAIN}).encode()
     assert reader.read(text) is None
-    reader.learn(json.loads(text))
+    reader.learn(json.loads(text), "openai")
     conversation = reader.read(json.dumps({**PLAIN, "id": "x"}).encode())
     assert conversation is not None
     assert [message.content for message in conversation.messages] == ["q", "a"]
     assert reader.read(json.dumps(PLAIN).encode()) is None, "another set of fields is another kind"
+    shared = json.loads(in_sharegpts_words(json.dumps(PLAIN)))
+    reader.learn(shared, "sharegpt")
+    assert reader.read(json.dumps(shared).encode()) == conversation
 
 
 @pytest.mark.parametrize(

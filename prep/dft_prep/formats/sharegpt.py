@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dft_common.records import Message
-from dft_prep.converters import to_text
+from dft_prep.converters import CALL_ROLES, SHAREGPT_ROLES, to_text
 from dft_prep.formats.format import Format
 from dft_prep.formats.turns import MESSAGE_FIELDS, Turns, listed, read_message
 
@@ -30,7 +30,15 @@ def _key(record: Mapping[str, Any]) -> str:
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     key = _key(record)
+    plain = SHAREGPT_ROLES if not turns.roles else {}
     for number, item in enumerate(listed(record.get(key), key)):
+        if type(item) is dict and len(item) == 2:
+            # The common case, and the only one that needs to be quick.
+            speaker, text = item.get("from"), item.get("value")
+            if type(text) is str and type(speaker) is str and speaker in plain and speaker not in CALL_ROLES:
+                role: Any = plain[speaker]
+                turns.add(Message(role=role, content=text), key, number, "value", "from")
+                continue
         if isinstance(item, dict) and _is_exchange(item):
             _read_exchange(item, key, number, turns)
         else:
