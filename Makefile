@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= 2.13.0
 WHEEL_VENV := .venv-wheel
 
-.PHONY: install demo test fuzz check check-wheel clean
+.PHONY: install demo test nightly fuzz check check-wheel clean
 
 install: $(VENV)/installed
 
@@ -32,9 +32,13 @@ check: install
 	$(BIN)/pyright
 
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-# A nightly's worth of damaged files; `make test` tries 2,000.
+# All of it: the slow tests too, and a hundred thousand damaged files, of which `make test` tries 2,000.
+nightly: check
+	$(BIN)/pytest -n 2 --dist worksteal
+	$(MAKE) fuzz
+
 fuzz: install
 	DFT_FUZZ_CASES=100000 $(BIN)/pytest -n 2 tests/prep/test_fuzz.py tests/external/test_fuzz_shared.py
 

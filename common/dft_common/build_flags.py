@@ -82,12 +82,13 @@ SEED = Flag(name="seed", kind="int", default=42, minimum=0, help="Of the validat
 
 ERROR = Flag(
     name="error",
+    metavar="CODE",
     kind="list",
     default=(),
     help="Codes of findings that leave a record out (`dft-prep explain` lists them).",
 )
-WARN = Flag(name="warn", kind="list", default=(), help="Codes of findings that are warnings.")
-IGNORE = Flag(name="ignore", kind="list", default=(), help="Codes of findings that are not reported.")
+WARN = Flag(name="warn", metavar="CODE", kind="list", default=(), help="Codes of findings that are warnings.")
+IGNORE = Flag(name="ignore", metavar="CODE", kind="list", default=(), help="Codes of findings that are not reported.")
 
 DECONTAMINATE = Flag(
     name="decontaminate",

@@ -39,6 +39,8 @@ class Flag:
     minimum: float | None = None
     maximum: float | None = None
     required: bool = False
+    metavar: str | None = None
+    """What the help calls its value. Default: by its kind."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -96,6 +98,7 @@ def click_option(flag: Flag) -> click.Option:
         default=flag.default,
         multiple=flag.kind == "list",
         required=flag.required,
+        metavar=flag.metavar,
         show_default=flag.default not in (None, ()),
         help=flag.help,
     )

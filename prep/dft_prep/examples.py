@@ -430,7 +430,7 @@ EXAMPLES: dict[str, Example] = {
         "a developer turn, and a template that leaves it out",
     ),
     "user_not_printed": Example(
-        "a user turn that the template trims",
+        "a template that mends the spelling of questions",
     ),
     "reasoning_not_printed": Example(
         "a reply with `reasoning`, and a template that never reads it",
@@ -439,7 +439,7 @@ EXAMPLES: dict[str, Example] = {
         "a message with `name`, and a template that never reads it",
     ),
     "reply_rewritten": Example(
-        "a reply that ends in white space, and a template that trims it",
+        "a template that mends the spelling of replies",
     ),
     "reply_without_end": Example(
         "a template that prints no end-of-turn token",

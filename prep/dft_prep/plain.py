@@ -1,5 +1,5 @@
-"""The quick way for plain records: `{"messages": [{"role": ..., "content": ...}, ...]}`, or that in the words of ShareGPT,
-with any fields that are not used.
+"""The quick way for plain records: messages of `role` and `content`, or of `from` and `value` as ShareGPT has them, and
+fields that are not used.
 
 Called by `validate.Judge`. A record that the ordinary way found plain teaches the names of its unused fields; records
 with the same names are then decoded straight into a `Conversation`. The outcome is that of the ordinary way, always:

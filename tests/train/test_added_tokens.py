@@ -98,7 +98,7 @@ def assert_usable(directory: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("architecture", [pytest.param("qwen3", marks=pytest.mark.slow), "llama"])
 def test_new_rows_are_learnt_and_two_ranks_of_zero3_learn_the_same(
     architecture, request, data, zero3_float32, train_here, launch, tmp_path
 ):
