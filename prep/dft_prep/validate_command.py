@@ -127,7 +127,7 @@ class _Validation:
         self._summary = Summary()
         self._seen = Seen()
         self._room = Room(options.max_errors)
-        self._held = 0
+        self._held, self._most_held = 0, max(_HELD_FINDINGS, options.max_errors)
         self._planned: list[_Planned] = []
         self._lines_before: dict[int, int] = {}
         """By unit: lines of its file before it, where there are any."""
@@ -154,6 +154,10 @@ class _Validation:
             for number, portion in run_units(units, SurveyJob(context), workers, in_order=True):
                 progress.advance(portion.size, portion.records, portion.tokens)
                 self._count(number, portion)
+                # What is found in units that finish early waits for its turn; of too much only the counts are kept.
+                if number != front and self._held + len(portion.found) > self._most_held:
+                    portion.found.clear()
+                self._held += len(portion.found)
                 waiting.setdefault(number, []).append(portion)
                 front = self._show_in_order(front, waiting)
         self._show_duplicates()
@@ -214,14 +218,11 @@ class _Validation:
             tokens["longest"] = max(tokens.get("longest", 0), portion.longest)
         portion.seen["unit"] = number
         self._seen.add(portion.seen)
+        portion.seen = portion.seen[:0]  # what waits for its turn holds no more than its findings
         if portion.lines >= 0:
             self._fields[planned.source].append(portion.fields)
             formats = self._formats.setdefault(planned.file, Counter())
             formats.update({form: times for form, path, _, times in portion.fields if not path})
-        # What is found in units that finish early waits for its turn; of too much only the counts are kept.
-        self._held += len(portion.found)
-        if self._held > _HELD_FINDINGS:
-            portion.found.clear()
 
     def _show_in_order(self, front: int, waiting: dict[int, list[Portion]]) -> int:
         """Show what has come of the unit whose turn it is, and of those behind it when it is through."""
@@ -262,11 +263,7 @@ class _Validation:
             self._add(self._duplicate_finding(duplicate, severity), duplicate.record["low"].tobytes())
 
     def _duplicate_finding(self, duplicate: Duplicate, severity: Any) -> Finding:
-        (file, line), (first_file, first_line) = (
-            (self._planned[unit].unit.file.shown, int(row["line"]) + self._lines_before.get(unit, 0))
-            for row in duplicate
-            for unit in [int(row["unit"])]
-        )
+        (file, line), (first_file, first_line) = map(self._place, duplicate)
         return Finding(
             file=file,
             line=line,
@@ -279,24 +276,16 @@ class _Validation:
             help=CODES["duplicate"].remedy,
         )
 
+    def _place(self, row: Any) -> tuple[str, int]:
+        """File and line of a record. row: of `SEEN_DTYPE`."""
+        unit = int(row["unit"])
+        return self._planned[unit].unit.file.shown, int(row["line"]) + self._lines_before.get(unit, 0)
+
     def _note(self, file: str, code: str, message: str) -> None:
         severity = self._severities.of(code)
         if severity != "ignore":
-            help = CODES[code].remedy
-            self._add(
-                Finding(
-                    file=file,
-                    line=1,
-                    column=1,
-                    byte_offset=0,
-                    code=code,
-                    severity=severity,
-                    path="$",
-                    message=message,
-                    help=help,
-                ),
-                b"",
-            )
+            about = {"file": file, "line": 1, "column": 1, "byte_offset": 0, "path": "$", "help": CODES[code].remedy}
+            self._add(Finding(**about, code=code, severity=severity, message=message), b"")
 
     def _add(self, finding: Finding, raw: bytes) -> None:
         """Count and show a finding that no unit reported."""

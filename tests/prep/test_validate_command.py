@@ -170,3 +170,10 @@ def test_a_unit_sends_no_more_than_can_be_shown():
     assert [room.takes(each) for each in (warning, warning, error, warning, error, error, error)] == [
         True, True, True, False, True, True, False,
     ]  # fmt: skip
+
+
+def test_units_that_finish_early_never_cost_the_front_its_findings(validate, tmp_path, monkeypatch):
+    monkeypatch.setattr("dft_prep.validate_command._HELD_FINDINGS", 1)
+    write(tmp_path / "a.jsonl", [NO_REPLY, *GOOD[:40]] * 6)
+    _, found = validate("a.jsonl", max_errors=6, ignore=("duplicate",))
+    assert places(found, "no_assistant") == [("a.jsonl", 1 + 41 * number) for number in range(6)]
