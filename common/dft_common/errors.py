@@ -21,6 +21,11 @@ EXIT_INTERRUPTED = 130
 # half surrogate pairs, which no output can take.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# What a CI runner obeys in a log: `::command::` where a line begins (GitHub), `##[command]` and `##vso[command]`
+# anywhere in it (GitHub, Azure).
+_COMMAND_LINE = re.compile(r"^(\s*):(?=:)", re.MULTILINE)
+_COMMAND_MARK = re.compile(r"#(?=#(?:vso)?\[)")
+
 # What JSON leaves as it is: DEL, C1 controls, the Unicode line ends and bidi overrides.
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -66,6 +71,16 @@ def printable_json(text: str) -> str:
 
 def _json_escape(found: re.Match[str]) -> str:
     return f"\\u{ord(found[0]):04x}"
+
+
+def log_safe(text: str) -> str:
+    """`printable`, and with what a CI runner would take for a command of its own as `\\x3a:` and `\\x23#[`."""
+    return printable(_COMMAND_LINE.sub(r"\1\\x3a", _COMMAND_MARK.sub(r"\\x23", text)))
+
+
+def log_safe_json(text: str) -> str:
+    """`printable_json`, and the same for its texts: no line of JSON begins with a colon."""
+    return _COMMAND_MARK.sub(r"\\u0023", printable_json(text))
 
 
 def report_error(error: DftError) -> int:

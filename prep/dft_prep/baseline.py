@@ -13,6 +13,7 @@ import msgspec
 import xxhash
 
 from dft_common.errors import SetupError
+from dft_common.logs import get_logger
 from dft_common.records import Finding
 from dft_prep.sarif import FINGERPRINT_NAME
 
@@ -34,12 +35,12 @@ def read_baseline(path: str) -> frozenset[str]:
     if not data.strip():
         return frozenset()  # the JSON lines of no finding
     try:
-        return frozenset(msgspec.convert(list(_fingerprints(data)), list[str]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError, KeyError, TypeError):
+        return frozenset(msgspec.convert(list(_fingerprints(path, data)), list[str]))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, AttributeError, KeyError, TypeError, ValueError):
         raise SetupError(f"--baseline {path}: holds no findings with fingerprints", remedy=_REMEDY) from None
 
 
-def _fingerprints(data: bytes) -> Iterator[Any]:
+def _fingerprints(path: str, data: bytes) -> Iterator[Any]:
     first, _, rest = data.strip().partition(b"\n")
     try:
         lines = [msgspec.json.decode(first)]
@@ -54,3 +55,6 @@ def _fingerprints(data: bytes) -> Iterator[Any]:
         yield from (result["partialFingerprints"][FINGERPRINT_NAME] for result in results)
     else:
         yield from document["summary"]["fingerprints"]
+        if hidden := document["summary"].get("hidden"):
+            message = "--baseline %s: %s findings are not in it, for it was made with a smaller --max_errors: %s"
+            get_logger().warning(message, path, f"{int(hidden):,}", _REMEDY)

@@ -16,9 +16,10 @@ import msgspec
 
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Finding
-from dft_prep.files import FileError, Truncated, compression_of, decompressed, open_raw, sniff
+from dft_prep.files import FileError, Truncated, compression_of, decompressed, open_raw
 from dft_prep.ngrams import FEWEST_WORDS, Ngrams, make_ngrams, words_of
 from dft_prep.readers import RawRecord, UnitReader
+from dft_prep.sniff import sniff
 from dft_prep.sources import SourceFile, resolve_sources
 from dft_prep.units import plan_units
 from dft_prep.validate import Judge

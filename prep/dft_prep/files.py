@@ -1,6 +1,6 @@
-"""Open a data file, wherever it is and however it is compressed, and tell what it holds from its first bytes.
+"""Open a data file, wherever it is and however it is compressed; the error of a file that cannot be read.
 
-Called by `units` (what is it?) and `readers` (its bytes). Content decides, never the suffix.
+Called by `sniff`, `units` and `readers`. Content decides how a file is compressed, never the suffix.
 """
 
 from __future__ import annotations
@@ -8,47 +8,21 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
-import re
-import shlex
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
-
-import msgspec
+from typing import Any, BinaryIO, Literal, cast
 
 from dft_common.errors import DataError
 from dft_prep.sources import SourceFile, is_url, stamp_of
 
 Compression = Literal["none", "gzip", "zstd", "xz"]
-Kind = Literal["lines", "array", "object", "parquet"]
 
 BOM = b"\xef\xbb\xbf"
-_SNIFFED = 1 << 16
-_SNIFFED_LINES = 20
 _ZSTD_PIECE = 1 << 12
 """Bytes fed to zstd at a time. A block of 4 bytes may hold 128 KiB, so these inflate to 128 MiB at most."""
 _XZ_PIECE = 1 << 14
 _XZ_MEMORY = 512 << 20
-_KNOWN = {
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"PK\x03\x04": "a zip archive",
-    b"%PDF": "a PDF",
-    b"BZh": "a bzip2 archive",
-    b"ARROW1": "an Arrow file",
-    b"\x80\x04\x95": "a Python pickle",
-    b"SQLite": "an SQLite database",
-    b"GIF8": "a GIF picture",
-    b"RIFF": "a sound or picture (RIFF)",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"\x7fELF": "a program",
-    b"<!DOCTYPE": "an HTML page",
-    b"<!doctype": "an HTML page",
-    b"<html": "an HTML page",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
-}
-_JSONL_NAME = re.compile(r"\.(jsonl|ndjson)(\.(gz|zst|xz))?$", re.IGNORECASE)
-_JSON_NAME = re.compile(r"\.json(\.(gz|zst|xz))?$", re.IGNORECASE)
 _GROWTH, _GROWTH_FROM = 500, 256 << 20
 """A file may unpack to so many times its size, or to so many bytes. Chat logs unpack to 3 to 50 times; a gzip bomb's
 zeros to 1,000."""
@@ -89,9 +63,47 @@ def open_raw(file: SourceFile) -> BinaryIO:
 
     try:
         system, path = fsspec.core.url_to_fs(file.path)
-        return cast(BinaryIO, io.BufferedReader(system.open(path, "rb")))
+        return cast(BinaryIO, io.BufferedReader(_Remote(system.open(path, "rb"))))
     except Exception as error:  # drivers raise errors of many kinds of their own
         raise unreadable(file, error) from None
+
+
+class _Remote(io.RawIOBase):
+    """A file of a driver, whose errors of many kinds are OSErrors here."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # any writable buffer, as io.RawIOBase has it
+        data = self._try(self._opened.read, len(buffer))
+        memoryview(buffer)[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._try(self._opened.seek, offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        return self._try(self._opened.tell)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._try(self._opened.close)
+        super().close()
+
+    def _try(self, do: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return do(*arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def check_unchanged(file: SourceFile) -> None:
@@ -206,7 +218,9 @@ class _XzStream(io.RawIOBase):
         while True:
             if self._decompressor.eof:
                 # Another stream may follow, behind padding of zeros.
-                rest = (self._decompressor.unused_data or self._raw.read(_XZ_PIECE)).lstrip(b"\0")
+                rest = self._decompressor.unused_data.lstrip(b"\0")
+                while not rest and (piece := self._raw.read(_XZ_PIECE)):
+                    rest = piece.lstrip(b"\0")
                 if not rest:
                     return b""
                 self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
@@ -254,118 +268,6 @@ def decompressed(raw: BinaryIO, file: SourceFile, compression: Compression) -> B
     return cast(BinaryIO, io.BufferedReader(_Guarded(unpacked, raw, file), 1 << 16))
 
 
-def _read_up_to(stream: BinaryIO, size: int) -> tuple[bytes, bool]:
-    """(the first bytes, whether the stream was cut there)"""
-    data = b""
-    try:
-        while len(data) < size and (more := read_some(stream, size - len(data))):
-            data += more
-    except Truncated:
-        return data, True  # enough to tell the kind by; `readers` reports the cut
-    return data, False
-
-
 def read_some(stream: BinaryIO, size: int) -> bytes:
     """Up to `size` bytes in one read. A longer read would lose what came before an error."""
     return cast(io.BufferedReader, stream).read1(size)
-
-
-class Sniffed(NamedTuple):
-    """What a file is, by its first bytes."""
-
-    compression: Compression
-    kind: Kind | None
-    """None: it holds nothing."""
-    notes: tuple[tuple[str, str], ...] = ()
-    """(code, message) of what is odd about it as a whole."""
-
-
-def sniff(file: SourceFile) -> Sniffed:
-    """How the file is compressed, and what it holds. Raises FileError for what is no chat data."""
-    with open_raw(file) as raw:
-        try:
-            compression = compression_of(raw.read(6))
-            raw.seek(0)
-            head, truncated = _read_up_to(decompressed(raw, file, compression), _SNIFFED)
-        except OSError as error:
-            raise unreadable(file, error) from None
-    if head.startswith(b"PAR1"):
-        return Sniffed(compression, "parquet")
-    _refuse_other_kinds(file, head)
-    text = head.removeprefix(BOM).lstrip()
-    if not text:
-        empty = ("empty_file", "the file holds no records")
-        return Sniffed(compression, "lines") if truncated else Sniffed(compression, None, (empty,))
-    complete = len(head) < _SNIFFED
-    if text.startswith(b"[") and not _is_line_of_many(file, text):
-        if _JSONL_NAME.search(file.path):
-            raise FileError(
-                "array_in_jsonl",
-                f"{file.shown}: is called JSONL, and holds one JSON array",
-                remedy="rename it to .json, or write it as lines: jq -c '.[]' FILE",
-            )
-        return Sniffed(compression, "array")
-    kind = _lines_or_object(file, text, complete=complete)
-    if kind == "object":
-        return Sniffed(compression, kind, (("objects_over_lines", "objects over several lines, read as records"),))
-    several = b"\n" in text.rstrip()
-    if several and _JSON_NAME.search(file.path):
-        return Sniffed(compression, kind, (("lines_in_json", "a record a line, read as JSONL"),))
-    return Sniffed(compression, kind)
-
-
-def _is_line_of_many(file: SourceFile, text: bytes) -> bool:
-    """Whether an array that a file begins with is but one line of a JSONL file: a bad record, not the file's form."""
-    first, _, rest = text.partition(b"\n")
-    if not _JSONL_NAME.search(file.path) or not rest.strip():
-        return False
-    try:
-        msgspec.json.decode(first, type=list)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
-
-
-def _refuse_other_kinds(file: SourceFile, head: bytes) -> None:
-    for magic, name in _KNOWN.items():
-        if head.startswith(magic):
-            raise FileError(
-                "other_kind", f"{file.shown}: this is {name}, not chat data", remedy="take it out of --data_files"
-            )
-    wide = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))
-    # Without a mark: every second byte of what is mostly ASCII is 0.
-    alternating = bytes(head[:2]).count(0) == 1 and head[:200].count(0) * 2 >= len(head[:200]) - 1
-    if wide or alternating:
-        raise FileError(
-            "utf16",
-            f"{file.shown}: this is UTF-16 or UTF-32, expected UTF-8",
-            remedy=f"convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(file.shown)} > converted.jsonl",
-        )
-
-
-def _is_object(line: bytes) -> bool:
-    """Whether a line is, or at least looks like, one JSON object."""
-    line = line.strip()
-    if line.startswith(b"{") and line.endswith(b"}") and len(line) > 2:
-        return True
-    try:
-        return isinstance(msgspec.json.decode(line), dict)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-
-
-def _lines_or_object(file: SourceFile, text: bytes, *, complete: bool) -> Kind:
-    lines = [line for line in text.split(b"\n") if line.strip()]
-    if not complete and len(lines) > 1:
-        lines.pop()  # cut by the end of what was sniffed
-    lines = lines[:_SNIFFED_LINES]
-    objects = sum(_is_object(line) for line in lines)
-    if _is_object(lines[0]) or 2 * objects > len(lines):
-        return "lines"
-    if text.startswith(b"{"):
-        return "lines" if len(lines) == 1 else "object"
-    raise FileError(
-        "other_kind",
-        f"{file.shown}: expected JSON records, found {text[:40]!r}",
-        remedy="give JSONL (one object a line), a JSON array, or Parquet",
-    )

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 
 import msgspec
 
-from dft_common.errors import printable, printable_json
+from dft_common.errors import log_safe, log_safe_json, printable
 from dft_common.records import Finding
 from dft_prep.summary import Summary
 
@@ -41,8 +41,8 @@ def make_writer(format: str, out: TextIO, failing: Sequence[str]) -> FindingWrit
 
 
 def one_line(text: str) -> str:
-    """`text` without what would end a line or steer a terminal."""
-    return printable(_BREAKING.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
+    """`text` without what would end a line, steer a terminal or command a CI runner that reads the log."""
+    return log_safe(_BREAKING.sub(lambda found: found[0].encode("unicode_escape").decode(), text))
 
 
 class TextWriter:
@@ -94,7 +94,7 @@ def json_text(value: Any) -> str:
         text = msgspec.json.encode(value).decode()
     except UnicodeEncodeError:
         text = msgspec.json.encode(_whole(msgspec.to_builtins(value))).decode()
-    return printable_json(text)
+    return log_safe_json(text)
 
 
 def _whole(value: Any) -> Any:

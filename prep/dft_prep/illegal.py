@@ -82,7 +82,8 @@ def _explained(text: str, error: json.JSONDecodeError, *, cut: bool, is_line: bo
         return Illegal("json_comment", "a comment, which JSON does not have", comment)
     if (comma := _trailing_comma_at(text, at)) is not None:
         return Illegal("trailing_comma", "a comma with nothing behind it", comma)
-    if is_line and (_FRAGMENT.match(text) or (ended and text.lstrip()[:1] in ("{", "["))):
+    opens = text.lstrip()[:1] in ("{", "[") and text.rstrip()[-1:] in ("{", "[", ",")
+    if is_line and (_FRAGMENT.match(text) or (opens and not rest.strip())):
         return Illegal("record_over_lines", "a piece of a record that is spread over several lines", at)
     if error.msg == "Extra data" and rest.lstrip()[:1] in ("{", "["):
         return Illegal("two_records_on_a_line", "another record begins on the same line", at)

@@ -2,7 +2,8 @@
 
 Called by `readers`. Only the borders are found here: a compiled regex passes over text and strings, brackets are
 counted, and each element's bytes are handed on unread. The window holds at least the current element and doubles
-when that is not enough: memory follows the largest element, and time stays linear.
+when that is not enough: memory follows the largest element, and time stays linear. Of an element beyond `largest`
+only the beginning is kept; the window then passes over the rest of it.
 
 An element that is broken inside keeps its damage to itself where its brackets still balance. Where they cannot (a
 string that runs into a newline, a closing bracket that nothing opened), the next line that begins as the broken
@@ -17,20 +18,24 @@ from typing import Literal
 
 import msgspec
 
-_STRING = rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"'
-# Complete strings, and all that is neither a string nor a border. They match always, so nothing is tried twice.
-_INSIDE = re.compile(rb'[^"{}\[\]]*(?:' + _STRING + rb'[^"{}\[\]]*)*', re.DOTALL)
-_TOP = re.compile(rb'[^"{}\[\],]*(?:' + _STRING + rb'[^"{}\[\],]*)*', re.DOTALL)
-_OPEN_STRING = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*\\?', re.DOTALL)
+_STRING = rb'"[^"\\\n]*(?:\\.[^"\\\n]*){0,1000}"'
+# Complete strings, and all that is neither a string nor a border. They match always, so nothing is tried twice. No more
+# than a thousand repetitions in one go, for a regex remembers each; `_element` goes on where they end.
+_INSIDE = re.compile(rb'[^"{}\[\]]*(?:' + _STRING + rb'[^"{}\[\]]*){0,1000}', re.DOTALL)
+_TOP = re.compile(rb'[^"{}\[\],]*(?:' + _STRING + rb'[^"{}\[\],]*){0,1000}', re.DOTALL)
+_HEAD = re.compile(rb'\{[ \t\r\n]{0,99}"[^"\\]{0,99}"')
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _WHITE = b" \t\r\n"
 _parse = msgspec.json.Decoder(msgspec.Raw).decode
 _MISSES_ALLOWED = 8  # then the separator is one that stands inside elements too, and guessing costs more than it gives
-_QUOTE = ord('"')
+_GUESSED_WITHIN = 1 << 20
+_DEEPEST = 10_000_000
+"""Levels of brackets that are counted: a byte each."""
+_QUOTE, _BACKSLASH, _NEWLINE = b'"\\\n'
 _CHUNK = 1 << 18
 _LINE_LOOKBACK = 256
-_KEPT_OF_DAMAGE = 1 << 24
-"""Bytes kept of a stretch that could not be cut into elements: it may be the rest of the file."""
+"""Bytes. A line that is indented further is not taken for an element's first."""
+_CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,21 +48,55 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     column: int
     """1-based, in characters."""
     data: bytes
+    size: int
+    """Bytes that it has in the stream: more than `data`, where it is too large to be held."""
     cut: bool = False
     """The stream ended inside it."""
     problem: str | None = None
     """What is wrong here, where `data` is no value at all."""
 
 
-def split_values(chunks: Iterable[bytes], kind: Literal["array", "object"]) -> Iterator[Piece]:
-    """The values of a whole stream: the elements of one array, or objects that follow one another."""
-    splitter = _Splitter(chunks)
+def split_values(
+    chunks: Iterable[bytes], kind: Literal["array", "object"], *, largest: int, kept: int
+) -> Iterator[Piece]:
+    """The values of a whole stream: the elements of one array, or objects that follow one another.
+
+    Of a value of more than `largest` bytes only the first `kept` are handed on.
+    """
+    splitter = _Splitter(chunks, largest, kept)
     return splitter.elements() if kind == "array" else splitter.objects()
 
 
+def _end_of_text(data: bytes, at: int) -> int:
+    """Where a text ends that has begun before `at`: at a quote, at a newline, which it may not hold, or with the data.
+
+    A backslash that is the data's last byte is left, for what it escapes.
+    """
+    end = at - 1
+    while (end := data.find(b'"', end + 1)) >= 0 and _is_escaped(data, at, end):
+        pass
+    if end < 0:
+        end = len(data) - _is_escaped(data, at, len(data))
+    newline = at - 1
+    while (newline := data.find(b"\n", newline + 1, end)) >= 0 and _is_escaped(data, at, newline):
+        pass
+    return end if newline < 0 else newline
+
+
+def _is_escaped(data: bytes, start: int, at: int) -> bool:
+    """Whether an odd number of backslashes stands before `at`."""
+    before = at
+    while before > start and data[before - 1] == _BACKSLASH:
+        before -= 1
+    return (at - before) % 2 == 1
+
+
 class _Splitter:
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[bytes], largest: int, kept: int) -> None:
         self._chunks = iter(chunks)
+        self._largest, self._kept = largest, kept
+        self._large: Piece | None = None  # the beginning of the current value, where `_start` has left it behind
+        self._large_end = 0  # offset in the stream: behind the last byte of it that is no white space
         self._array = False
         self._data = b""
         self._base = 0  # offset of _data in the stream
@@ -100,10 +139,11 @@ class _Splitter:
 
     def _rest_of_line(self) -> Piece:
         """What is no object, up to its line's end: one bad record."""
-        end = self._data.find(b"\n", self._at)
-        while end < 0 and self._grow():
-            end = self._data.find(b"\n", self._at)
-        self._at = len(self._data) if end < 0 else end
+        while (end := self._data.find(b"\n", self._at)) < 0:
+            self._at = len(self._data)
+            if not self._grow():
+                return self._made()
+        self._at = end
         return self._made()
 
     # -- one element ---------------------------------------------------------------------------------------------
@@ -112,22 +152,30 @@ class _Splitter:
         """The element that begins here; `_at` is then behind it."""
         if self._misses < _MISSES_ALLOWED and (guessed := self._guessed()) is not None:
             return guessed
-        stack = bytearray()
+        stack, in_string = bytearray(), False
         while True:
             data = self._data
-            at = self._at = (_INSIDE if stack else _TOP).match(data, self._at).end()  # type: ignore[union-attr]
-            if at == len(data) or (byte := data[at]) == _QUOTE:
-                if at < len(data) and _OPEN_STRING.match(data, at).end() < len(data):  # type: ignore[union-attr]
-                    return self._damaged()
+            if in_string:
+                at = self._at = _end_of_text(data, self._at)
+            else:
+                at = self._at = (_INSIDE if stack else _TOP).match(data, self._at).end()  # type: ignore[union-attr]
+            if at == len(data) or (byte := data[at]) == _BACKSLASH:
                 if not self._grow():
-                    unfinished = bool(stack) or self._at < len(self._data)
                     self._at = len(self._data)
-                    return self._made(cut=unfinished)
+                    return self._made(cut=bool(stack) or in_string)
+                continue
+            if in_string and byte == _NEWLINE:
+                return self._damaged()
+            if byte == _QUOTE:
+                in_string = not in_string
+                self._at = at + 1
                 continue
             if not stack and self._array and byte in b",]":
                 return self._made()
             self._at = at + 1
             if byte in b"{[":
+                if len(stack) >= _DEEPEST:
+                    return self._damaged()
                 stack.append(byte)
             elif stack:
                 # "{" and "}" are two apart, and so are "[" and "]". One that was left open is closed with its parent.
@@ -139,16 +187,17 @@ class _Splitter:
                     return self._made()
 
     def _guessed(self) -> Piece | None:
-        """The element, if it ends where what separates it from the one before it comes again: several times as fast.
-
-        A wrong guess is never taken: an object that parses as a whole ends nowhere else.
+        """The element, if it ends where what separates it from the one before it comes again, and then the key that
+        it begins with: several times as fast. A wrong guess is never taken: an object that parses as a whole ends
+        nowhere else.
         """
         data, start = self._data, self._start
         before = data.rfind(b"}", max(0, start - _LINE_LOOKBACK), start)
         separator = data[before + 1 : start] if before >= 0 else b""
-        if separator.strip(_WHITE) != b",":
+        head = _HEAD.match(data, start)
+        if before < 0 or separator.strip(_WHITE) != (b"," if self._array else b"") or head is None:
             return None
-        end = data.find(b"}" + separator + b"{", start) + 1
+        end = data.find(b"}" + separator + head[0], start, start + _GUESSED_WITHIN) + 1
         if not end:
             return None
         try:
@@ -162,31 +211,30 @@ class _Splitter:
     def _damaged(self) -> Piece:
         """Pass over an element whose brackets cannot be trusted, to the next line that begins as it does."""
         self._damage_seen = True
-        first = self._made()
-        next_start, kept = self._next_start(), bytearray()
+        next_start = self._next_start()
         while (found := next_start.search(self._data, self._at)) is None:
-            passed = max(self._at, self._data.rfind(b"\n"))
-            kept += self._data[self._start : min(passed, self._start + _KEPT_OF_DAMAGE - len(kept))]
-            self._start = self._at = passed
+            newline = self._data.rfind(b"\n", max(self._at, len(self._data) - _LINE_LOOKBACK))
+            self._at = newline if newline >= 0 else len(self._data)
             if not self._grow():
-                return self._damaged_to_the_end(first, kept + self._data[self._start :])
-        kept += self._data[self._start : found.start()]
+                return self._damaged_to_the_end()
+        self._at = found.start()
+        damaged = self._made(without=_WHITE + b",")
         self._at = found.end()
-        return msgspec.structs.replace(first, data=bytes(kept.rstrip(_WHITE + b",")))
+        return damaged
 
-    def _damaged_to_the_end(self, first: Piece, kept: bytearray) -> Piece:
-        data = bytes(kept.rstrip(_WHITE))
+    def _damaged_to_the_end(self) -> Piece:
+        self._at = len(self._data.rstrip(_WHITE))
+        self._closed = self._array and self._data[self._start : self._at].endswith(b"]")
+        self._at -= self._closed
+        damaged = self._made(cut=not self._closed)
         self._at = len(self._data)
-        if self._array and data.endswith(b"]"):
-            self._closed = True
-            data = data[:-1].rstrip(_WHITE)
-        return msgspec.structs.replace(first, data=data, cut=not self._closed)
+        return damaged
 
     def _next_start(self) -> re.Pattern[bytes]:
-        line_start = self._line_start()
+        line_start = self._line_start() if self._large is None else None
         indent = self._data[line_start : self._start] if line_start is not None else None
         if indent is None or indent.strip(b" \t"):
-            return re.compile(rb"\n[ \t]*(?=\{)")
+            return re.compile(rb"\n[ \t]{0,%d}(?=\{)" % _LINE_LOOKBACK)
         return re.compile(rb"\n" + re.escape(indent) + rb"(?=\{)")
 
     # -- the window ----------------------------------------------------------------------------------------------
@@ -201,19 +249,36 @@ class _Splitter:
                 return b""
 
     def _grow(self) -> bool:
-        """Drop what was passed and read at least as much again as there is; False at the stream's end."""
-        drop = self._line_start()
+        """Drop what was passed and read about as much again as there is; False at the stream's end.
+
+        What is in the window from `_start` on belongs to the current value, and is passed over up to `_at`.
+        """
+        if len(self._data) - self._start > self._largest or self._large is not None:
+            self._let_go()
+        drop = self._line_start() if self._large is None else None
         drop = self._start if drop is None else drop
         self._count_lines(drop)
-        kept = self._data[drop:]
-        pieces, got = [kept], 0
-        while got < max(_CHUNK, len(kept)) and (chunk := next(self._chunks, None)) is not None:
+        kept = memoryview(self._data)[drop:]
+        pieces: list[bytes | memoryview] = [kept]
+        wanted, got = max(_CHUNK, min(len(kept), self._largest - len(kept))), 0
+        while got < wanted and (chunk := next(self._chunks, None)) is not None:
             pieces.append(chunk)
             got += len(chunk)
         self._data = b"".join(pieces)
         self._base += drop
         self._start, self._at, self._counted = self._start - drop, self._at - drop, self._counted - drop
         return got > 0
+
+    def _let_go(self) -> None:
+        """Keep only the beginning of the current value, which is too large to be held, and leave it behind."""
+        if self._large is None:
+            self._large = self._piece(self._start, self._data[self._start : self._start + self._kept])
+        for start in reversed(range(self._start, self._at, _CHUNK)):
+            if passed := self._data[start : min(start + _CHUNK, self._at)].rstrip(_WHITE + b","):
+                self._large_end = self._base + start + len(passed)
+                break
+        self._count_lines(self._at)
+        self._start = self._at
 
     def _line_start(self) -> int | None:
         """Where the line of the current element begins, if that is near and in the window."""
@@ -232,17 +297,33 @@ class _Splitter:
             self._line += newlines
             self._column = 1
             line_start = self._data.rfind(b"\n", self._counted, position) + 1
-        self._column += len(self._data[line_start:position].decode("utf-8", "replace"))
+        for start in range(line_start, position, _CHUNK):
+            passed = self._data[start : min(start + _CHUNK, position)]
+            self._column += len(passed) if passed.isascii() else len(passed.translate(None, _CONTINUATION_BYTES))
         self._counted = position
 
-    def _made(self, *, cut: bool = False) -> Piece:
-        """The value from its start up to `_at`."""
-        self._count_lines(self._start)
-        data = self._data[self._start : self._at].rstrip(_WHITE)
-        return Piece(offset=self._base + self._start, line=self._line, column=self._column, data=data, cut=cut)
+    def _made(self, *, cut: bool = False, without: bytes = _WHITE) -> Piece:
+        """The value from its start up to `_at`, and `without` what is at its end."""
+        data = self._data[self._start : self._at].rstrip(without)
+        large, self._large = self._large, None
+        if large is None and len(data) > self._largest:
+            large = self._piece(self._start, data[: self._kept])
+        if large is None:
+            return self._piece(self._start, data, cut=cut)
+        end = self._base + self._start + len(data) if data else self._large_end
+        return msgspec.structs.replace(large, size=end - large.offset, cut=cut)
 
     def _problem(self, message: str, *, shown: int = 1, cut: bool = False) -> Piece:
-        data = self._data[self._at : self._at + shown]
-        self._count_lines(self._at)
-        place = {"offset": self._base + self._at, "line": self._line, "column": self._column}
-        return Piece(**place, data=data, cut=cut, problem=message)
+        return self._piece(self._at, self._data[self._at : self._at + shown], cut=cut, problem=message)
+
+    def _piece(self, at: int, data: bytes, *, cut: bool = False, problem: str | None = None) -> Piece:
+        self._count_lines(at)
+        return Piece(
+            offset=self._base + at,
+            line=self._line,
+            column=self._column,
+            data=data,
+            size=len(data),
+            cut=cut,
+            problem=problem,
+        )

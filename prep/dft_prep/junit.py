@@ -60,7 +60,8 @@ def _attribute(text: str) -> str:
 
 def _case(finding: Finding, fails: bool) -> str:
     place = f"{finding.file}:{finding.line}:{finding.column}"
-    name = _attribute(f"{finding.code} line {finding.line}, column {finding.column}")
+    # Readers hold cases of one name for one case: two findings of a code at a place differ in their paths.
+    name = _attribute(f"{finding.code} {finding.path}, line {finding.line}, column {finding.column}")
     message = f"{finding.code} {finding.path}: {finding.message}"
     body = escape(_text(f"{place}: {message}")) + ("\n" + escape(_text(finding.help)) if finding.help else "")
     inside = (

@@ -27,7 +27,7 @@ from dft_prep.files import (
 from dft_prep.json_stream import Piece, split_values
 from dft_prep.units import Unit, line_range
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # of it the lines stay in the cache while they are cut
 LARGEST_RECORD = 256 << 20
 """Bytes. No conversation has as many, and decoded it takes several times as much memory in each worker."""
 KEPT_OF_LARGE = 1 << 16
@@ -94,7 +94,7 @@ class UnitReader:
         with open_raw(unit.file) as raw:
             raw.seek(first)
             stream = decompressed(raw, unit.file, unit.compression)
-            at, read, blanks, returns, line = first, first, 0, 0, 0
+            at, read, line, blanks, returns = first, first, 0, 0, 0
             begun = _Begun()
             truncated: Truncated | None = None
             while truncated is None:
@@ -105,12 +105,6 @@ class UnitReader:
                 if not block:
                     break
                 read += len(block)
-                if not begun.length and read == len(block) == read - first and first == 0 and block.startswith(BOM):
-                    self._note("bom", 1, 0, "a byte order mark")
-                    block = block[len(BOM) :]
-                    at = len(BOM)
-                if b"\r" in block:
-                    returns += block.count(b"\r\n")
                 lines = block.split(b"\n")
                 if len(lines) == 1:
                     begun.add(block)
@@ -121,49 +115,71 @@ class UnitReader:
                     lines[0] = begun.data()
                     if begun.length > LARGEST_RECORD:
                         line += 1
-                        yield begun.finished(line, at)
+                        yield RawRecord(line, at, begun.data(), False, begun.problem(), True)
                         at += begun.length + 1
                         del lines[0]
                     begun = _Begun()
+                if at == 0 and lines and lines[0].startswith(BOM):
+                    lines[0], at = self._without_bom(lines[0])
+                if b"\r" in block or (lines and lines[0].endswith(b"\r")):
+                    returns += self._returns(lines, line, at)
                 for text in lines:
                     line += 1
-                    if text[:1] == b"{" or text.strip():
-                        yield RawRecord(line, at, text, False, None, True)
-                    else:
+                    if not text or text.isspace():
                         blanks += 1
-                        self._note("blank_lines", line, at, "")
+                        self._note("blank_lines", line, at, "blank lines")
+                    else:
+                        yield RawRecord(line, at, text, False, None, True)
                     at += len(text) + 1
                 begun.add(rest)
                 self.lines = line
                 self.passed = (raw.tell() if unit.compression != "none" else read) - first
             yield from self._last(begun, line, at, truncated)
-        self._note_count("blank_lines", blanks, "blank lines")
-        if returns:
-            self._note("crlf", 1, 0, f"{returns:,} lines end with CR LF")
+        self._note_count("blank_lines", f"{blanks:,} blank {'line' if blanks == 1 else 'lines'}")
+        self._note_count("crlf", f"{returns:,} {'line ends' if returns == 1 else 'lines end'} with CR LF")
 
     def _last(self, begun: _Begun, line: int, at: int, truncated: Truncated | None) -> Iterator[RawRecord]:
         """What stands behind the last newline of the file."""
+        data, problem = begun.data(), begun.problem()
+        if at == 0 and data.startswith(BOM):
+            data, at = self._without_bom(data)
         if truncated is not None:
             problem = ("truncated_compression", f"{truncated}; what follows is lost")
-            yield RawRecord(line + 1, at, begun.data(), True, problem, True)
-        elif begun.length and begun.data().strip():
-            yield begun.finished(line + 1, at, cut=True)
+        if problem is not None or data.strip():
+            yield RawRecord(line + 1, at, data, True, problem, True)
+
+    def _without_bom(self, line: bytes) -> tuple[bytes, int]:
+        """The file's first line, and its offset."""
+        self._note("bom", 1, 0, "a byte order mark")
+        return line[len(BOM) :], len(BOM)
+
+    def _returns(self, lines: list[bytes], line: int, at: int) -> int:
+        """How many of `lines` end with CR LF. line, at: the number of the line before them, and where they begin."""
+        returns = 0
+        for text in lines:
+            line += 1
+            if text.endswith(b"\r"):
+                if not returns:
+                    self._note("crlf", line, at, "lines end with CR LF")
+                returns += 1
+            at += len(text) + 1
+        return returns
 
     def _note(self, code: str, line: int, byte_offset: int, message: str) -> None:
         if all(note.code != code for note in self.notes):
             self.notes.append(FileNote(code=code, line=line, byte_offset=byte_offset, message=message))
 
-    def _note_count(self, code: str, count: int, what: str) -> None:
-        """Say of a note how often it was found, now that all was read."""
+    def _note_count(self, code: str, message: str) -> None:
+        """Say of a note, if it was made, how often it was found, now that all was read."""
         self.notes = [
-            msgspec.structs.replace(note, message=f"{count:,} {what}") if note.code == code else note
-            for note in self.notes
+            msgspec.structs.replace(note, message=message) if note.code == code else note for note in self.notes
         ]
 
     def _values(self) -> Iterator[RawRecord]:
         with open_raw(self.unit.file) as raw:
             chunks = _Chunks(decompressed(raw, self.unit.file, self.unit.compression))
-            for piece in split_values(iter(chunks), "array" if self.unit.kind == "array" else "object"):
+            kind = "array" if self.unit.kind == "array" else "object"
+            for piece in split_values(iter(chunks), kind, largest=LARGEST_RECORD, kept=KEPT_OF_LARGE):
                 self.passed = raw.tell()
                 if chunks.error is not None and piece.cut:
                     yield self._truncated(chunks.error, piece, chunks.skipped)
@@ -171,7 +187,7 @@ class UnitReader:
                 yield _record(piece, chunks.skipped)
             else:
                 if chunks.error is not None:
-                    end = Piece(offset=chunks.read - chunks.skipped, line=1, column=1, data=b"")
+                    end = Piece(offset=chunks.read - chunks.skipped, line=1, column=1, data=b"", size=0)
                     yield self._truncated(chunks.error, end, chunks.skipped)
             if chunks.skipped:
                 self._note("bom", 1, 0, "a byte order mark")
@@ -203,7 +219,8 @@ class UnitReader:
                             yield RawRecord(row, -1, {}, problem=problem)
                         else:
                             yield RawRecord(row, -1, record)
-            except (pa.ArrowException, OSError, Truncated) as error:
+            # ValueError too: names of columns that are not UTF-8, types that pyarrow does not make.
+            except (pa.ArrowException, OSError, Truncated, ValueError, OverflowError) as error:
                 raise FileError(
                     "corrupt_parquet",
                     f"{file.shown}: cannot be read as Parquet: {error}",
@@ -230,14 +247,16 @@ class _Begun:
             return
         self._pieces.append(piece)
         if self.length > LARGEST_RECORD:
-            self._pieces = [self.data()[:KEPT_OF_LARGE]]
+            kept = b""
+            for piece in self._pieces:
+                kept += piece[: KEPT_OF_LARGE - len(kept)]
+            self._pieces = [kept]
 
     def data(self) -> bytes:
         return b"".join(self._pieces)
 
-    def finished(self, line: int, at: int, *, cut: bool = False) -> RawRecord:
-        problem = too_large(self.length) if self.length > LARGEST_RECORD else None
-        return RawRecord(line, at, self.data(), cut, problem, True)
+    def problem(self) -> tuple[str, str] | None:
+        return too_large(self.length) if self.length > LARGEST_RECORD else None
 
 
 def too_large(size: int) -> tuple[str, str]:
@@ -249,12 +268,28 @@ def _dicts(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """The rows of a batch; a row whose text is not UTF-8 as the error, and none but that row."""
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
         for row in range(batch.num_rows):
             try:
-                yield batch.slice(row, 1).to_pylist()[0]
+                yield {name: _to_python(column[row]) for name, column in zip(batch.schema.names, batch, strict=True)}
             except UnicodeDecodeError as error:
                 yield error
+
+
+def _to_python(scalar: Any) -> Any:
+    """A value of Arrow; a time that Python cannot hold (of nanoseconds, or after the year 9999) as text."""
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _to_python(scalar[name]) for name in scalar}
+        if isinstance(scalar, pa.ListScalar):
+            return [_to_python(item) for item in scalar.values]
+        return str(scalar.value)
 
 
 class _Chunks:
@@ -266,20 +301,29 @@ class _Chunks:
         self.error: Truncated | None = None
 
     def __iter__(self) -> Iterator[bytes]:
-        while True:
-            try:
-                chunk = read_some(self._stream, _CHUNK)
-            except Truncated as error:
-                self.error = error
-                return
-            if not chunk:
-                return
-            if not self.read and chunk.startswith(BOM):
-                self.skipped = len(BOM)
-            yield chunk[self.skipped :] if not self.read else chunk
-            self.read += len(chunk)
+        beginning = self._read()
+        while len(beginning) < len(BOM) and (more := self._read()):
+            beginning += more
+        if beginning.startswith(BOM):
+            self.skipped = len(BOM)
+        yield beginning[self.skipped :]
+        while chunk := self._read():
+            yield chunk
+
+    def _read(self) -> bytes:
+        if self.error is not None:
+            return b""
+        try:
+            chunk = read_some(self._stream, _CHUNK)
+        except Truncated as error:
+            self.error = error
+            return b""
+        self.read += len(chunk)
+        return chunk
 
 
 def _record(piece: Piece, skipped: int) -> RawRecord:
     problem = ("invalid_json", piece.problem) if piece.problem else None
+    if piece.size > LARGEST_RECORD:
+        problem = too_large(piece.size)
     return RawRecord(piece.line, piece.offset + skipped, piece.data, piece.cut, problem, False, piece.column)

@@ -22,6 +22,7 @@ from dft_prep.reading import AS_FOUND, READING_KEYS, Reading, parse_reading
 
 _NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|parquet)(\.(gz|zst|xz))?$", re.IGNORECASE)
+_HERE = re.compile(r"^(?:\./+)+(?=.)", re.DOTALL)
 _DEEP = re.compile(r"(.*?/|)\*\*(?:/(.*)|)", re.DOTALL)
 """A pattern with a `**`: (what is before it, what is after it)."""
 _KEYS = ("name", "path", "split", "max_conversations", *READING_KEYS)
@@ -123,6 +124,9 @@ def _free_name(name: str, taken: set[str]) -> str:
 def _find(path: str) -> list[SourceFile]:
     if is_url(path):
         return _find_url(path)
+    if not os.path.lexists(path):
+        # A shell expands no `~` behind `NAME=`, and a config file has no shell.
+        path = os.path.expanduser(path)  # noqa: PTH111  # Path would raise where there is no such user
     if Path(path).is_dir():
         return _find_in_directory(path)
     if os.path.lexists(path):
@@ -155,9 +159,11 @@ def _glob(pattern: str) -> Iterator[str]:
 def _find_in_directory(directory: str) -> list[SourceFile]:
     """Every data file below `directory`, by path. Links to directories are not followed, so that none can loop."""
     found = []
-    for root, folders, names in os.walk(directory):
+    unreadable: list[str] = []
+    for root, folders, names in os.walk(directory, onerror=lambda error: unreadable.append(str(error.filename))):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         found += [os.path.join(root, name) for name in names if _DATA_SUFFIX.search(name) and name[0] != "."]  # noqa: PTH118
+    found += unreadable  # folders: reading them will say why
     if not found:
         raise SetupError(
             f"--data_files {directory}: no data file in this directory",
@@ -168,10 +174,13 @@ def _find_in_directory(directory: str) -> list[SourceFile]:
 
 def _local_file(path: str, relative: str) -> SourceFile:
     """One that cannot be opened is a file all the same: reading it will say why, among the other findings."""
-    shown, relative = _text(path), _text(Path(relative).as_posix())
+    # One name for a file however it was found: what annotations point to, and what a baseline knows.
+    shown, relative = _text(_HERE.sub("", path)), _text(Path(relative).as_posix())
     try:
         status = Path(path).stat()
     except OSError:
+        return SourceFile(path=path, shown=shown, relative=relative, size=0)
+    if stat.S_ISDIR(status.st_mode):
         return SourceFile(path=path, shown=shown, relative=relative, size=0)
     if not stat.S_ISREG(status.st_mode):
         raise SetupError(f"--data_files {path}: not a regular file", remedy="write the data to a file first")
@@ -194,8 +203,9 @@ def _find_url(url: str) -> list[SourceFile]:
         sizes = [int(system.size(item) or 0) for item in paths]
     except ImportError as error:
         raise SetupError(f"--data_files {url}: {error}", remedy="install the package that it names") from None
-    except (OSError, ValueError) as error:
-        raise SetupError(f"--data_files {url}: {error}", remedy="check the URL and your access") from None
+    except Exception as error:  # drivers raise errors of many kinds of their own
+        reason = str(error) or type(error).__name__
+        raise SetupError(f"--data_files {url}: {reason}", remedy="check the URL and your access") from None
     if not paths:
         raise SetupError(f"--data_files {url}: no file matches", remedy="check the URL")
     root = os.path.commonpath([item.rsplit("/", 1)[0] for item in paths])

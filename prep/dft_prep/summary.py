@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from dft_common.errors import printable
+from dft_common.errors import log_safe
 from dft_prep.reconciliation import SourceFields, reading_lines, unused_fields, unused_line
 
 
@@ -48,4 +48,4 @@ def summary_text(summary: Summary) -> str:
         lines.append(f"  {summary.known:,} known findings are let through (--baseline)")
     if summary.hidden:
         lines.append(f"  {summary.hidden:,} more findings are not shown (--max_errors)")
-    return printable("\n".join(lines))
+    return log_safe("\n".join(lines))

@@ -6,15 +6,20 @@ is one unit a file. Units do not depend on the number of workers, so that neithe
 
 from __future__ import annotations
 
+from typing import BinaryIO
+
 import msgspec
 import xxhash
 
 from dft_common.fingerprint import HASH_CHUNK
-from dft_prep.files import Compression, Kind, open_raw, sniff
+from dft_prep.files import Compression, open_raw
 from dft_prep.reading import AS_FOUND, Reading
+from dft_prep.sniff import Kind, sniff
 from dft_prep.sources import SourceFile
 
 UNIT_BYTES = 8 << 20
+_LINE_PIECE = 1 << 16
+"""Bytes of a line that are looked at in one go: a line may be larger than memory."""
 
 
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,15 +65,22 @@ def plan_units(file: SourceFile, source: str, reading: Reading = AS_FOUND) -> li
 def line_range(unit: Unit) -> tuple[int, int]:
     """Offsets of the first byte of the unit's first line, and of the byte behind its last (-1: the file's end)."""
     with open_raw(unit.file) as raw:
+        first = _next_line(raw, unit.start, unit.end)
+        # Where one line is longer than the unit, none begins in it.
+        return first, first if first == unit.end else _next_line(raw, unit.end, -1)
 
-        def next_line(position: int) -> int:
-            if position <= 0:
-                return position
-            raw.seek(position - 1)
-            raw.readline()
+
+def _next_line(raw: BinaryIO, position: int, end: int) -> int:
+    """Offset of the first line that begins at `position` or behind; `end` where none does before (-1: the file's)."""
+    if position <= 0:
+        return position
+    raw.seek(position - 1)
+    while piece := raw.readline(_LINE_PIECE):
+        if piece.endswith(b"\n"):
             return raw.tell()
-
-        return next_line(unit.start), next_line(unit.end)
+        if 0 <= end <= raw.tell():
+            return end
+    return raw.tell()
 
 
 def lines_before(unit: Unit) -> int:

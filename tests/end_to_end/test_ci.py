@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_file_names_are_files_whatever_they_look_like(repository):
     assert done.returncode == 0, done.stderr
     assert f"{len(ODD_NAMES)} records, {len(ODD_NAMES)} good" in done.stderr
     assert not (repository / "executed").exists()
+
+
+@pytest.mark.skipif(shutil.which("pre-commit") is None, reason="pre-commit is not installed")
+def test_pre_commit_itself_runs_the_hook(tmp_path):
+    (hook,) = yaml.safe_load((REPO / ".pre-commit-hooks.yaml").read_text())
+    local = {"repo": "local", "hooks": [{**hook, "language": "system"}]}  # `python` would install us from the index
+    (tmp_path / ".pre-commit-config.yaml").write_text(yaml.safe_dump({"repos": [local]}))
+    for name, content in (("a.jsonl", GOOD), ("-b.jsonl", GOOD + BAD), ("note.txt", "no data")):
+        (tmp_path / name).write_text(content)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    words = ["pre-commit", "run", "--all-files", "--color=never"]
+    environment = {**os.environ, "PATH": PATH, "PRE_COMMIT_HOME": str(tmp_path / "home")}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "-b.jsonl:2:1: no_assistant" in done.stdout
+    assert "3 records, 2 good" in done.stdout
 
 
 @pytest.fixture

@@ -21,11 +21,26 @@ from dft_prep.summary import Summary, summary_text
 
 KEYS = ["file", "line", "column", "byte_offset", "code", "severity", "path", "message", "help"]
 FORMATS = ["text", "json", "jsonl", "github", "sarif", "junit"]
+COMMAND = re.compile(r"##(vso)?\[|^\s*::(?!(error|warning|notice) file=)", re.MULTILINE)
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 HOSTILE_TEXT = st.text(
     alphabet="a:,%]>&\"'<\\/\n\r\t\x00\x1b\x7f\x85\u2028\u202e\ud800\uffff😀 ::error", max_size=12
-) | st.sampled_from(["]]>", "%0A::error::x", "\x1b[2J", "</failure>", "a b/c#d?e", "--flag", "ftp://h/x y"])
+) | st.sampled_from(
+    [
+        "]]>",
+        "%0A::error::x",
+        "::add-mask::x",
+        "\n ::stop-commands::x",
+        "##[add-mask]x",
+        "###vso[task.x]y",
+        "\x1b[2J",
+        "</failure>",
+        "a b/c#d?e",
+        "--flag",
+        "ftp://h/x y",
+    ]
+)
 FINDINGS = st.builds(
     Finding,
     file=HOSTILE_TEXT.filter(bool).map(lambda text: text.encode("utf-8", "backslashreplace").decode()),
@@ -66,6 +81,7 @@ def test_nothing_in_the_data_steers_a_terminal_or_breaks_a_format(format, findin
     text = written(format, findings)
     text.encode()  # no half surrogate pair is left
     assert not STEERING.search(text)
+    assert format == "github" or not COMMAND.search(text), "a CI runner reads the log that this stands in"
     if format == "text":
         assert len(text.splitlines()) == len(findings) + sum(bool(finding.help) for finding in findings)
     if format == "github":
@@ -134,6 +150,11 @@ def test_junit_counts_what_fails_and_names_files_without_findings():
     assert strict.get("failures") == "2"
 
 
+def test_junit_cases_have_names_of_their_own():
+    root = ET.fromstring(written("junit", [example(path="$.meta"), example(path="$.id"), example(line=3)]))
+    assert len({case.get("name") for case in root.iter("testcase")}) == 3
+
+
 @pytest.mark.parametrize("format", ["json", "jsonl", "sarif"])
 def test_an_output_is_a_baseline(tmp_path, format):
     findings = [example(), example(line=7, path="$.x"), example(file="b.jsonl", message="\ud800")]
@@ -167,7 +188,16 @@ def test_a_baseline_that_is_not_there_is_a_usage_error(tmp_path):
         read_baseline(str(tmp_path / "nowhere.json"))
 
 
+def test_a_baseline_that_lacks_findings_says_so(tmp_path, caplog):
+    path = tmp_path / "known.json"
+    path.write_text('{"findings": [], "summary": {"fingerprints": ["0"], "hidden": 1234}}')
+    assert read_baseline(str(path)) == {"0"}
+    assert "1,234 findings are not in it" in caplog.text
+    assert "--max_errors" in caplog.text
+
+
 def test_the_summary_says_what_was_counted():
     text = summary_text(Summary(records=3, good=2, codes={"no_assistant": 1}, hidden=4, known=5))
+    assert "\\x23#[add-mask]x" in summary_text(Summary(codes={"##[add-mask]x": 1}))
     for part in ("3 records, 2 good", "1 x no_assistant", "4 more findings are not shown", "5 known findings"):
         assert part in text

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from unittest import mock
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,11 +22,14 @@ OBJECTS = st.dictionaries(TEXTS, VALUES, max_size=4)
 INDENTS = st.sampled_from([None, 0, 1, 4])
 
 
-def split(data: bytes, kind, size: int) -> list[Piece]:
+KEPT = 8
+
+
+def split(data: bytes, kind, size: int, largest: int = 1 << 30) -> list[Piece]:
     """The pieces of `data` when it comes in chunks of `size`, and is looked at as soon as that much is there."""
     chunks = (data[at : at + size] for at in range(0, len(data), size))
     with mock.patch.object(json_stream, "_CHUNK", size):
-        return list(split_values(chunks, kind))
+        return list(split_values(chunks, kind, largest=largest, kept=KEPT))
 
 
 def check_places(data: bytes, pieces: list[Piece]) -> None:
@@ -141,8 +146,83 @@ def test_a_guessed_end_is_only_taken_where_the_element_ends():
         assert [json.loads(piece.data) for piece in split(data, "array", 1 << 18)] == [value] * 30
 
 
-def test_a_stretch_without_borders_is_not_kept_whole(monkeypatch):
-    monkeypatch.setattr("dft_prep.json_stream._KEPT_OF_DAMAGE", 1000)
-    (piece,) = split(b'[{"a": "\n' + b"x\n" * 500_000, "array", 1 << 16)
+def shortened(piece: Piece, largest: int) -> Piece:
+    """What is handed on of a piece where no more than `largest` bytes may be."""
+    return piece if piece.size <= largest else msgspec.structs.replace(piece, data=piece.data[:KEPT])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(OBJECTS, max_size=6), INDENTS, st.booleans(), st.integers(1, 30), st.integers(KEPT, 60))
+@example([{"a": "é\\" * 30}, {"b": "x" * 90}], None, False, 1, 10)
+@example([{"a": "x" * 90}, {}], 1, True, 3, 40)
+def test_only_elements_that_are_too_large_are_shortened(values, indent, ascii_only, size, largest):
+    text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+    objects = "\n".join(json.dumps(value, indent=indent, ensure_ascii=ascii_only) for value in values)
+    for kind, data in (("array", text.encode()), ("object", objects.encode())):
+        whole = split(data, kind, size)
+        assert [json.loads(piece.data) for piece in whole] == values
+        assert split(data, kind, size, largest) == [shortened(piece, largest) for piece in whole]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=80), st.sampled_from(["array", "object"]), st.integers(1, 9), st.integers(KEPT, 30))
+@example(b'{"a": "' + b"x" * 40 + b"\n}, {", "array", 1, 10)
+def test_any_bytes_end_where_some_values_are_too_large(junk, kind, size, largest):
+    data = (b"[" if kind == "array" else b"") + junk
+    pieces = split(data, kind, size, largest)
+    check_places(data, pieces)
+    assert all(len(piece.data) == (KEPT if piece.size > largest else piece.size) for piece in pieces)
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_element_that_is_too_large_leaves_its_neighbours_alone(broken):
+    large = broken.replace(b"user", b"user" * 50).replace(b"oops", b"oops" * 50) + b" " * (200 * (broken[:1] == b"{"))
+    large = large.replace(b"'messages'", b"'" + b"m" * 200 + b"'").replace(b"\xff", b"\xff" * 200).rstrip()
+    large = large.replace(b"us\ner", b"us" * 50 + b"\ner")
+    data = b"[\n  " + b",\n  ".join([GOOD, large, GOOD]) + b"\n]\n"
+    first, second, third = split(data, "array", 7, 100)
+    assert (first.data, third.data) == (GOOD, GOOD)
+    assert (second.data, second.size) == (large[:KEPT], len(large))
+    check_places(data, [first, second, third])
+
+
+LONG = {
+    "text": b'{"a": "' + b"x" * 4_000_000 + b'"}',
+    "escapes": b'{"a": "' + b'\\"\\\\' * 1_000_000 + b'"}',
+    "a list": b'{"a": [' + b"1, " * 1_300_000 + b"1]}",
+    "brackets": b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "a scalar": b"9" * 4_000_000,
+    "lines": b'{"a": [\n' + b'"x",\n' * 800_000 + b'"x"\n]}',
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("kind", ["array", "object"])
+def test_what_is_too_large_is_passed_over_in_little_memory(name, kind):
+    data = LONG[name]
+    whole = (
+        b"[" + GOOD + b",\n" + data + b",\n" + GOOD + b"]" if kind == "array" else GOOD + b"\n" + data + b"\n" + GOOD
+    )
+    chunks = (whole[at : at + 65536] for at in range(0, len(whole), 65536))
+    tracemalloc.start()
+    try:
+        first, large, last = split_values(chunks, kind, largest=100_000, kept=KEPT)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (first.data, last.data, large.size, large.data) == (GOOD, GOOD, len(data), data[:KEPT])
+    assert peak < 2_000_000
+
+
+def test_a_text_that_is_never_closed_is_not_held_to_the_end_of_the_file():
+    whole = b'[{"a": "\n' + b"x\n" * 2_000_000
+    chunks = (whole[at : at + 65536] for at in range(0, len(whole), 65536))
+    tracemalloc.start()
+    try:
+        (piece,) = split_values(chunks, "array", largest=100_000, kept=KEPT)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert piece.cut
-    assert len(piece.data) < 1 << 19
+    assert piece.size > 3_900_000
+    assert peak < 1_500_000

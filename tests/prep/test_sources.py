@@ -171,3 +171,11 @@ def test_a_file_name_that_is_not_utf8_can_still_be_written_down(corpus):
     (file,) = resolve_sources([name])[0].files
     assert file.path == name
     assert (file.shown, file.relative) == ("bad\\xff.jsonl", "bad\\xff.jsonl")
+
+
+@pytest.mark.parametrize("argument", ["a.jsonl", "./a.jsonl", ".", ".//a.jsonl", "./*.jsonl"])
+def test_a_file_has_one_name_however_it_was_found(corpus, monkeypatch, argument):
+    (corpus / "alone").mkdir()
+    monkeypatch.chdir(corpus / "alone")
+    (corpus / "alone" / "a.jsonl").write_bytes(LINE)
+    assert shown(argument) == ["a.jsonl"]
