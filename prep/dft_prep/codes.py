@@ -198,7 +198,9 @@ CODES: dict[str, Code] = {
         "info", "The template does not print a name: the model never sees it.", "Use a template that does."
     ),
     "reply_rewritten": _template(
-        "info", "The template does not print a reply as given, white space at its edges aside.", "Use a template that does."
+        "info",
+        "The template does not print a reply as given, white space at its edges aside.",
+        "Use a template that does.",
     ),
     "reply_without_end": _template(
         "info", "A reply ends in no end-of-turn token: it does not teach to stop.", "Use a template that prints one."

@@ -47,6 +47,11 @@ class Truncated(Exception):
     """A compressed stream ends before its end, or is damaged. Says where, in words."""
 
 
+def _damaged(form: str, error: Exception) -> Truncated:
+    # What a checksum covers was handed out before it is known to be wrong.
+    return Truncated(f"the {form} stream is damaged ({error}), and records before this place may be damaged too")
+
+
 def unreadable(file: SourceFile, error: Exception) -> FileError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return FileError("unreadable_file", f"{file.shown}: {reason}", remedy="check the file, its links and permissions")
@@ -168,7 +173,7 @@ class _ZstdStream(io.RawIOBase):
         try:
             self._ready = memoryview(self._frame.decompress(self._input))
         except self._error as error:
-            raise Truncated(f"the zstd stream is damaged: {error}") from None
+            raise _damaged("zstd", error) from None
         self._input = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
             self._frame = None
@@ -190,7 +195,7 @@ class _GzipStream(io.RawIOBase):
         except EOFError:
             raise Truncated("the gzip stream is cut") from None
         except (zlib.error, gzip.BadGzipFile) as error:
-            raise Truncated(f"the gzip stream is damaged: {error}") from None
+            raise _damaged("gzip", error) from None
         memoryview(buffer)[: len(data)] = data
         return len(data)
 
@@ -210,7 +215,7 @@ class _XzStream(io.RawIOBase):
         try:
             data = self._next(len(buffer))
         except lzma.LZMAError as error:
-            raise Truncated(f"the xz stream is damaged: {error}") from None
+            raise _damaged("xz", error) from None
         memoryview(buffer)[: len(data)] = data
         return len(data)
 

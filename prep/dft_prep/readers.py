@@ -6,8 +6,6 @@ file's size.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -15,9 +13,7 @@ import msgspec
 
 from dft_prep.files import (
     BOM,
-    FileError,
     Truncated,
-    check_growth,
     check_unchanged,
     decompressed,
     open_raw,
@@ -25,6 +21,7 @@ from dft_prep.files import (
     unreadable,
 )
 from dft_prep.json_stream import Piece, split_values
+from dft_prep.parquet import parquet_rows
 from dft_prep.units import Unit, line_range
 
 _CHUNK = 1 << 18  # of it the lines stay in the cache while they are cut
@@ -32,7 +29,6 @@ LARGEST_RECORD = 256 << 20
 """Bytes. No conversation has as many, and decoded it takes several times as much memory in each worker."""
 KEPT_OF_LARGE = 1 << 16
 """Bytes that the quarantine keeps of a larger one."""
-_PARQUET_ROWS = 1000
 
 
 class RawRecord(msgspec.Struct, frozen=True, gc=False):
@@ -197,40 +193,12 @@ class UnitReader:
         return RawRecord(piece.line, piece.offset + skipped, piece.data, True, problem, False, piece.column)
 
     def _parquet(self) -> Iterator[RawRecord]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        file = self.unit.file
-        with open_raw(file) as raw, tempfile.TemporaryFile() as unpacked:
-            try:
-                seekable: Any = raw
-                if self.unit.compression != "none":
-                    # Parquet is read from its end, which a compressed stream cannot do.
-                    shutil.copyfileobj(decompressed(raw, self.unit.file, self.unit.compression), unpacked, _CHUNK)
-                    seekable = unpacked
-                table = pq.ParquetFile(seekable)
-                check_growth(file, sum_of_columns(table.metadata), seekable.seek(0, 2))
-                row = 0
-                for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
-                    for record in _dicts(batch):
-                        row += 1
-                        if isinstance(record, UnicodeDecodeError):
-                            problem = ("invalid_utf8", f"a text of this row is not UTF-8: {record.reason}")
-                            yield RawRecord(row, -1, {}, problem=problem)
-                        else:
-                            yield RawRecord(row, -1, record)
-            # ValueError too: names of columns that are not UTF-8, types that pyarrow does not make.
-            except (pa.ArrowException, OSError, Truncated, ValueError, OverflowError) as error:
-                raise FileError(
-                    "corrupt_parquet",
-                    f"{file.shown}: cannot be read as Parquet: {error}",
-                    remedy="write the file again, or take it out",
-                ) from None
-
-
-def sum_of_columns(metadata: Any) -> int:
-    """Bytes of a Parquet file's columns when they are unpacked."""
-    return sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+        for row, record in enumerate(parquet_rows(self.unit.file, self.unit.compression), 1):
+            if isinstance(record, UnicodeDecodeError):
+                problem = ("invalid_utf8", f"a text of this row is not UTF-8: {record.reason}")
+                yield RawRecord(row, -1, {}, problem=problem)
+            else:
+                yield RawRecord(row, -1, record)
 
 
 class _Begun:
@@ -262,34 +230,6 @@ class _Begun:
 def too_large(size: int) -> tuple[str, str]:
     limit = LARGEST_RECORD >> 20
     return "record_too_large", f"{size:,} bytes, and a record may have {limit} MiB; only its beginning is kept"
-
-
-def _dicts(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a batch; a row whose text is not UTF-8 as the error, and none but that row."""
-    try:
-        yield from batch.to_pylist()
-    except (ValueError, OverflowError):  # UnicodeDecodeError is a ValueError
-        for row in range(batch.num_rows):
-            try:
-                yield {name: _to_python(column[row]) for name, column in zip(batch.schema.names, batch, strict=True)}
-            except UnicodeDecodeError as error:
-                yield error
-
-
-def _to_python(scalar: Any) -> Any:
-    """A value of Arrow; a time that Python cannot hold (of nanoseconds, or after the year 9999) as text."""
-    import pyarrow as pa
-
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, OverflowError):
-        if isinstance(scalar, pa.StructScalar):
-            return {name: _to_python(scalar[name]) for name in scalar}
-        if isinstance(scalar, pa.ListScalar):
-            return [_to_python(item) for item in scalar.values]
-        return str(scalar.value)
 
 
 class _Chunks:

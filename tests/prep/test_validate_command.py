@@ -177,3 +177,13 @@ def test_units_that_finish_early_never_cost_the_front_its_findings(validate, tmp
     write(tmp_path / "a.jsonl", [NO_REPLY, *GOOD[:40]] * 6)
     _, found = validate("a.jsonl", max_errors=6, ignore=("duplicate",))
     assert places(found, "no_assistant") == [("a.jsonl", 1 + 41 * number) for number in range(6)]
+
+
+def test_a_file_of_several_formats_is_read_record_by_record_and_says_so(validate, tmp_path):
+    sharegpt = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    write(tmp_path / "a.jsonl", [*GOOD[:60], json.dumps(sharegpt).encode()])
+    write(tmp_path / "b.jsonl", GOOD[60:70])
+    _, found = validate("a.jsonl", "b.jsonl")
+    assert places(found, "mixed_shapes") == [("a.jsonl", 1)]
+    assert "openai 60, sharegpt 1" in found["findings"][0]["message"]
+    assert found["summary"]["sources"][0]["formats"] == {"openai": 60, "sharegpt": 1}
