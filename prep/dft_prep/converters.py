@@ -14,7 +14,12 @@ import msgspec
 
 from dft_common.records import ROLES, ToolCall
 
-OPENAI_ROLES = {**{role: role for role in ROLES}, "function": "tool"}
+OPENAI_ROLES = {
+    **{role: role for role in ROLES},
+    "function": "tool",
+    "tool_call": "assistant",
+    "tool_response": "tool",
+}
 SHAREGPT_ROLES = {
     **OPENAI_ROLES,
     "human": "user",
@@ -23,10 +28,8 @@ SHAREGPT_ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "function_call": "assistant",
-    "tool_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
-    "tool_response": "tool",
     "ipython": "tool",
 }
 CALL_ROLES = ("function_call", "tool_call")
@@ -34,12 +37,15 @@ CALL_ROLES = ("function_call", "tool_call")
 _QUOTED = 60
 _TEXT_KEYS = ("text", "value", "content")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_REASONING_PARTS = ("reasoning", "thinking")
-_CALL_PARTS = ("tool_call", "function_call")
+REASONING_PARTS = ("reasoning", "thinking")
+CALL_PARTS = ("tool_call", "function_call", "tool_use")
 MEDIA_PARTS = (
     *("image_url", "image", "input_image", "input_audio", "audio", "audio_url", "video", "video_url"),
     *("file", "input_file", "document"),
 )
+MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
+"""Fields of a record or of a message that hold what is not trained here."""
+_no_media = frozenset(MEDIA_FIELDS).isdisjoint
 
 
 class RecordError(Exception):
@@ -81,7 +87,7 @@ def to_role(role: Any, known: Mapping[str, str], path: str) -> str:
     if found is None:
         shown = ", ".join(sorted({name for name in known if known is SHAREGPT_ROLES or name in ROLES}))
         close = difflib.get_close_matches(role, known, n=1) if isinstance(role, str) else []
-        help = f"did you mean {close[0]!r}?" if close else "rename the role, or leave the record out"
+        help = f"did you mean {close[0]!r}?" if close else "rename it, or map it with `roles` in a recipe"
         raise RecordError("unknown_role", path, f"got {quoted(role)}, expected one of {shown}", help)
     return found
 
@@ -114,24 +120,56 @@ def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls:
     if isinstance(kind, str) and kind in MEDIA_PARTS:
         message = f"a part of type {kind}, which is not trained here"
         raise RecordError("media_part", path, message, "leave the record out")
-    if not isinstance(part, dict) or kind not in (*_TEXT_PARTS, *_REASONING_PARTS, *_CALL_PARTS):
+    if not isinstance(part, dict) or kind not in (*_TEXT_PARTS, *REASONING_PARTS, *CALL_PARTS):
         found = f"a part of type {quoted(kind)}" if isinstance(part, dict) else type_name(part)
         message = f"got {found}; text, reasoning and tool_call can be trained"
         raise RecordError("unsupported_part", path, message, "write it as text, or leave the record out")
-    keys = (kind, *_TEXT_KEYS)
-    value = next((part[key] for key in keys if part.get(key) is not None), None)
-    if kind in _CALL_PARTS:
+    value = value_of_part(part, kind)
+    if kind == "tool_use":
+        calls.append(_to_tool_use(part, path))
+    elif kind in CALL_PARTS:
         calls += to_tool_calls_from_text(value, path) if isinstance(value, str) else [to_tool_call(value, path)]
     elif not isinstance(value, str):
         message = f"got {type_name(value)} as the part's text"
         raise RecordError("content_type", path, message, "write the part as {'type': 'text', 'text': ...}")
     else:
-        (reasons if kind in _REASONING_PARTS else texts).append(value)
+        (reasons if kind in REASONING_PARTS else texts).append(value)
+
+
+def value_of_part(part: Mapping[str, Any], kind: str) -> Any:
+    """What a part of a type holds, by any of the names that it has."""
+    return next((part[key] for key in (kind, *_TEXT_KEYS) if part.get(key) is not None), None)
+
+
+def _to_tool_use(part: Mapping[str, Any], path: str) -> ToolCall:
+    """Anthropic's block of a call: `{"type": "tool_use", "id", "name", "input"}`."""
+    name, identity, given = part.get("name"), part.get("id"), part.get("input")
+    if not isinstance(name, str):
+        raise RecordError("bad_tool_calls", path, "a tool_use block without a name", "give it the tool's name")
+    arguments = compact_json({} if given is None else given, f"{path}.input")
+    return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
 
 
 def _untyped(part: Mapping[str, Any]) -> str:
     """The type of a part without one: what it holds."""
     return next((key for key in MEDIA_PARTS if part.get(key) is not None), "text")
+
+
+def refuse_media(value: Mapping[str, Any], path: str) -> None:
+    """Raise RecordError where a record or a message has pictures, sounds or videos in a field of its own."""
+    if _no_media(value):
+        return
+    for key in MEDIA_FIELDS:
+        if key in value and not _is_blank(value[key]):
+            message = f"`{key}` holds what is not trained here"
+            raise RecordError("media_part", f"{path}.{key}", message, "leave the record out")
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether nothing is there. Parquet may write no picture as one whose fields are null."""
+    if isinstance(value, dict):
+        return all(map(_is_blank, value.values()))
+    return all(map(_is_blank, value)) if isinstance(value, list) else not value or isinstance(value, bool | int | float)
 
 
 class _WrittenCall(msgspec.Struct):

@@ -7,7 +7,6 @@ manifest and report.json). Nothing is inferred from the counts: every record is 
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import msgspec
 
 from dft_prep.formats import FORMATS, KNOWN_FIELDS, SHARED_FIELDS
-from dft_prep.reading import Reading
+from dft_prep.reading import AS_FOUND, Reading, steps_of, written_path
 
 MOST_PATHS = 300
 """Data may have keys without end (an id as a key). What comes after so many different ones is counted as one."""
@@ -106,9 +105,7 @@ def target_of(form: str, path: str) -> str | None:
 
 def may_read(reading: Reading, field: str) -> bool:
     """Whether a conversation may be read from a top-level field."""
-    if reading.fields:
-        return any(re.split(r"[.\[]", path.removeprefix("$."))[0] == field for _, path in reading.fields)
-    return field in KNOWN_FIELDS
+    return field in KNOWN_FIELDS or any(steps_of(path)[0] == field for _, path in reading.fields)
 
 
 def fields_of(record: Mapping[str, Any], form: str) -> tuple[tuple[str, type], ...]:
@@ -133,7 +130,7 @@ def short_name(path: str) -> str:
     return path[:_LONGEST_NAME].encode("utf-8", "backslashreplace").decode()
 
 
-def field_uses(counts: Iterable[Sequence[tuple[str, str, str, int]]]) -> list[FieldUse]:
+def field_uses(counts: Iterable[Sequence[tuple[str, str, str, int]]], reading: Reading = AS_FOUND) -> list[FieldUse]:
     """Several `FieldCounts.counts()` added up, the most frequent field first; a format's own records at the path ""."""
     total: Counter[tuple[str, str, str]] = Counter()
     for part in counts:
@@ -143,7 +140,7 @@ def field_uses(counts: Iterable[Sequence[tuple[str, str, str, int]]]) -> list[Fi
     return [
         FieldUse(
             format=form,
-            path=short_name(path),
+            path=short_name(written_path(f"$.{path}", reading).removeprefix("$.")) if path else "",
             type=kind,
             records=number,
             target=target_of(form, path) if path else "messages",

@@ -18,6 +18,10 @@ _FRAGMENT = re.compile(r'[ \t]*(?:"(?:[^"\\]|\\.)*"[ \t]*:|[\]}]+[ \t]*,?[ \t\r]
 """A line out of the middle of an indented record: `"a": 1,` or `},`."""
 
 
+_UNFINISHED = re.compile(r"[ \t\r\n]*(?:t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|-|\.|[eE][+-]?|u?[0-9a-fA-F]{0,4})")
+"""What parsers stop at where a text ends early: nothing, or the beginning of a literal, of a number's part, of \\u."""
+
+
 class Illegal(Exception):
     """Not JSON: code, message, characters before the place, and what to do."""
 
@@ -32,7 +36,7 @@ def by_the_standard(data: bytes, *, cut: bool, is_line: bool) -> Any:
 
     cut: the file ends inside it. is_line: it is one of many lines, each of which should be a record.
     """
-    text = _decoded(data)
+    text = _decoded(data, cut=cut)
 
     def refuse_constant(name: str) -> None:
         raise Illegal("nan", f"found {name}, which is not JSON", _position_of(name, text))
@@ -45,12 +49,15 @@ def by_the_standard(data: bytes, *, cut: bool, is_line: bool) -> Any:
         raise Illegal("too_deep", "nested too deep", 0) from None
 
 
-def _decoded(data: bytes) -> str:
+def _decoded(data: bytes, *, cut: bool) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        position = len(data[: error.start].decode("utf-8"))
+        if cut and error.reason == "unexpected end of data":
+            raise Illegal("cut_line", "the file ends inside this record (in a character)", position) from None
         message = f"byte 0x{data[error.start]:02x} at byte {error.start + 1} of the record is not UTF-8"
-        raise Illegal("invalid_utf8", message, len(data[: error.start].decode("utf-8"))) from None
+        raise Illegal("invalid_utf8", message, position) from None
 
 
 def _to_int(digits: str) -> int | float:
@@ -75,8 +82,8 @@ def _explained(text: str, error: json.JSONDecodeError, *, cut: bool, is_line: bo
     if "\0" in text:
         count = text.count("\0")
         return Illegal("nul_bytes", f"{count:,} NUL bytes", text.index("\0"))
-    ended = not rest.strip() or error.msg.startswith("Unterminated string")
-    if cut and ended:
+    unfinished = error.msg.startswith("Unterminated string") or _UNFINISHED.fullmatch(rest)
+    if cut and unfinished and error.msg != "Extra data":
         return Illegal("cut_line", f"the file ends inside this record ({error.msg})", at)
     if (comment := _comment_at(text, at)) is not None:
         return Illegal("json_comment", "a comment, which JSON does not have", comment)

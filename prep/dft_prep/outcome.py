@@ -137,7 +137,10 @@ def reconcile_sources(
     counts: list[list[list[tuple[str, str, str, int]]]] = [[] for _ in sources]
     for plan, result in zip(planned, results, strict=True):
         counts[plan.source].append(result.info.fields)
-    return [source_fields(source.name, field_uses(mine)) for source, mine in zip(sources, counts, strict=True)]
+    return [
+        source_fields(source.name, field_uses(mine, source.reading))
+        for source, mine in zip(sources, counts, strict=True)
+    ]
 
 
 def _source_info(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -20,8 +20,10 @@ from dft_prep.formats import FORMATS, SHARED_FIELDS
 
 READING_KEYS = ("format", "fields", "roles")
 _NOTHING = object()
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
-_PATH = re.compile(r"\$?(?:\.?[^.\[\]]+|\[\d+\])(?:\.[^.\[\]]+|\[\d+\])*")
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']+)'\]")
+_PATH = re.compile(r"\$?(?:\.?[^.\[\]]+|\[\d+\]|\['[^']+'\])(?:\.[^.\[\]]+|\[\d+\]|\['[^']+'\])*")
+_WRITTEN = re.compile(r"\$\.([^.\[\]]+)((?:\[\d*\])*)(?:\.([^.\[\]]+))?(.*)", re.DOTALL)
+"""A path in a mapped record: (field, its index, field of the message, the rest)."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,8 +79,13 @@ def _fields_of(form: str | None) -> list[str]:
 
 
 def steps_of(path: str) -> list[str | int]:
-    """`$.data.turns[0].q` -> ["data", "turns", 0, "q"]."""
-    return [int(index) if index else name for name, index in _STEP.findall(path.removeprefix("$"))]
+    """`$.data.turns[0]['a.b']` -> ["data", "turns", 0, "a.b"]."""
+    return [int(index) if index else name or key for name, index, key in _STEP.findall(path.removeprefix("$"))]
+
+
+def top_field(field: str) -> str:
+    """`messages[].role` -> `messages`."""
+    return field.split("[", 1)[0]
 
 
 def _step(value: Any, step: str | int) -> Any:
@@ -87,13 +94,20 @@ def _step(value: Any, step: str | int) -> Any:
     return value[step] if isinstance(value, list) and isinstance(step, int) and step < len(value) else _NOTHING
 
 
-def _found(value: Any, path: str, where: str) -> Any:
+def _found(value: Any, path: str, within: str) -> Any:
+    """What is at `path` in `value`, which is at `within` in the record."""
     for step in steps_of(path):
         value = _step(value, step)
         if value is _NOTHING:
-            message = f"there is nothing at {path}{where}, which the recipe names"
-            raise RecordError("missing_field", "$", message, "correct `fields` in the recipe, or the record")
+            message = "there is nothing here, and the recipe names it"
+            place = _joined(within, path)
+            raise RecordError("missing_field", place, message, "correct `fields` in the recipe, or the record")
     return value
+
+
+def _joined(base: str, path: str) -> str:
+    inner = path.removeprefix("$").removeprefix(".")
+    return f"{base}{inner}" if inner.startswith("[") else f"{base}.{inner}"
 
 
 def mapped_record(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
@@ -106,34 +120,35 @@ def mapped_record(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]
             inner.setdefault(key, {})[name] = path
     sources = {steps_of(path)[0] for path in top.values()}
     mapped = {key: value for key, value in record.items() if key not in sources}
-    mapped.update((field, _found(record, path, "")) for field, path in top.items())
+    mapped.update((field, _found(record, path, "$")) for field, path in top.items())
     for key, names in inner.items():
         messages = mapped.get(key)
         if isinstance(messages, list):
-            mapped[key] = [_mapped_message(message, names, number) for number, message in enumerate(messages)]
+            within = written_path(f"$.{key}", reading)
+            mapped[key] = [
+                _mapped_message(message, names, f"{within}[{number}]") for number, message in enumerate(messages)
+            ]
     return mapped
 
 
-def _mapped_message(message: Any, names: Mapping[str, str], number: int) -> Any:
+def _mapped_message(message: Any, names: Mapping[str, str], within: str) -> Any:
     if not isinstance(message, dict):
         return message
     used = {steps_of(path)[0] for path in names.values()}
     rest = {key: value for key, value in message.items() if key not in used}
-    return {**rest, **{name: _found(message, path, f" of message {number}") for name, path in names.items()}}
+    return {**rest, **{name: _found(message, path, within) for name, path in names.items()}}
 
 
-def mapped_place(place: Callable[[int, str], str], reading: Reading) -> Callable[[int, str], str]:
-    """`place` in the record as it was before `mapped_record`."""
+def written_path(path: str, reading: Reading) -> str:
+    """A JSON path of a mapped record (`$.messages[2].role`, or `[]` for any), as it is in the record as written."""
+    if not reading.fields:
+        return path
+    matched = _WRITTEN.fullmatch(path)
+    if matched is None:
+        return path
+    key, index, inner, rest = matched.groups()
     paths = dict(reading.fields)
-
-    def placed(message_index: int, part: str) -> str:
-        path = place(message_index, part)
-        matched = re.fullmatch(r"\$\.([^.\[\]]+)((?:\[\d+\])*)(?:\.(.+))?", path)
-        if matched is None:
-            return path
-        key, index, rest = matched[1], matched[2], matched[3]
-        base = "$." + paths.get(key, key).removeprefix("$").removeprefix(".")
-        inner = paths.get(f"{key}[].{rest}", rest)
-        return f"{base}{index}" + (f".{inner.removeprefix('$.')}" if inner else "")
-
-    return placed
+    base = _joined("$", paths.get(key, key)) + index
+    if inner is None:
+        return base + rest
+    return _joined(base, paths.get(f"{key}[].{inner}", inner)) + rest

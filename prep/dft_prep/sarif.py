@@ -5,6 +5,7 @@ Called by `findings.make_writer`.
 
 from __future__ import annotations
 
+import re
 from typing import Any, TextIO
 from urllib.parse import quote
 
@@ -16,6 +17,10 @@ from dft_prep.findings import json_text, one_line
 from dft_prep.summary import Summary
 
 FINGERPRINT_NAME = "dftPrepRecord/v1"
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?:[A-Za-z0-9.-]+:[0-9]+(?=/))?")
+"""Of a URL, with its host where that has a port."""
+
+_STRAY_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
 
 
@@ -38,7 +43,7 @@ class SarifWriter:
                 "ruleId": finding.code,
                 "ruleIndex": rule,
                 "level": _LEVELS[finding.severity],
-                "message": {"text": one_line(text)},
+                "message": {"text": message_text(text)},
                 "locations": [
                     {"physicalLocation": {"artifactLocation": {"uri": file_uri(finding.file)}, "region": region}}
                 ],
@@ -74,10 +79,16 @@ def _rule(name: str) -> dict[str, Any]:
     }
 
 
+def message_text(text: str) -> str:
+    """A plain text message that shows `text`: no placeholder (3.11.5: braces are doubled), no link (3.11.6)."""
+    # The standard has no escape for a text that looks like a link; without its parenthesis it is none.
+    return one_line(text).replace("{", "{{").replace("}", "}}").replace("](", "]\\x28")
+
+
 def file_uri(path: str) -> str:
     """A path or URL as a URI reference: relative where the path is, percent-encoded."""
-    if "://" in path:
-        return quote(path, safe="/:@%?=&+,;~")
-    encoded = quote(path.replace("\\", "/") if "/" not in path else path, safe="/~")
+    if scheme := _SCHEME.match(path):
+        return scheme[0] + _STRAY_PERCENT.sub("%25", quote(path[scheme.end() :], safe="/%?=&+,;~"))
+    encoded = quote(path, safe="/~")
     # A colon in the first segment of a relative reference would read as a scheme (RFC 3986, 4.2).
     return f"file://{encoded}" if path.startswith("/") else encoded

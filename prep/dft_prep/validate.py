@@ -21,7 +21,7 @@ from dft_prep.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_r
 from dft_prep.illegal import Illegal, by_the_standard
 from dft_prep.plain import PlainReader
 from dft_prep.readers import RawRecord
-from dft_prep.reading import AS_FOUND, Reading
+from dft_prep.reading import AS_FOUND, Reading, written_path
 from dft_prep.reconcile import reconcile
 from dft_prep.repeats import find_repeated, may_repeat
 from dft_prep.rules import find_oddities
@@ -85,7 +85,7 @@ class Judge:
             return record_finding(raw, self.shown, error.code, error.path, error.message, error.help)
         except RecursionError:
             return record_finding(raw, self.shown, "too_deep", "$", "nested too deep")
-        signature = (reconciled.format, fields_of(value, reconciled.format))
+        signature = (reconciled.format, fields_of(reconciled.record, reconciled.format))
         if self._fields.add(signature):
             self._note_unused(signature, raw)
         if self._plain is not None and isinstance(raw.data, bytes):
@@ -146,7 +146,7 @@ class Judge:
             if kind is type(None) or path in self.unused or severity == "ignore" or target_of(form, path) is not None:
                 continue
             if len(self.unused) < MOST_PATHS:
-                shown = short_name(path)
+                shown = short_name(written_path(f"$.{path}", self.reading).removeprefix("$."))
                 message = f"the field {quoted(shown)} is not used"
                 finding = record_finding(raw, self.shown, "unused_field", f"$.{shown}", message, severity=severity)
                 self.unused[path] = finding

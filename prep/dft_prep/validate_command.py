@@ -303,7 +303,7 @@ class _Validation:
     def _finish(self) -> Summary:
         summary = self._summary
         summary.sources = [
-            source_fields(source.name, field_uses(counts))
+            source_fields(source.name, field_uses(counts, source.reading))
             for source, counts in zip(self._sources, self._fields, strict=True)
         ]
         summary.hidden = sum(times for name, times in summary.severities.items() if name != "info") - self._room.telling

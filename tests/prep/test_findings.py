@@ -126,8 +126,24 @@ def test_sarif_has_a_rule_a_place_and_a_fingerprint_for_each_result():
     assert first["partialFingerprints"] != second["partialFingerprints"]
 
 
+def test_a_sarif_message_holds_no_placeholder_and_no_link_of_the_data():
+    log = json.loads(written("sarif", [example(message="got '{0} [click](http://h)'", path="$.m[0].role")]))
+    (result,) = log["runs"][0]["results"]
+    assert result["message"]["text"] == "$.m[0].role: got '{{0}} [click]\\x28http://h)'. rename it"
+
+
 @pytest.mark.parametrize(
-    "path", ["data/a b.jsonl", "/root/x#y.jsonl", "c:d.jsonl", "é?.jsonl", "s3://bucket/a b.jsonl"]
+    "path",
+    [
+        "data/a b.jsonl",
+        "/root/x#y.jsonl",
+        "c:d.jsonl",
+        "a\\b.jsonl",
+        "é?.jsonl",
+        "s3://bucket/a b.jsonl",
+        "http://h:80/100%@c:d.jsonl",
+        "://x.jsonl",
+    ],
 )
 def test_a_path_in_sarif_is_a_uri_that_means_it(path):
     uri = file_uri(path)

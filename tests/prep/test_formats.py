@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dft_common.errors import SetupError
 from dft_common.records import Message, ToolCall
 from dft_prep.converters import RecordError
 from dft_prep.fields import target_of
@@ -178,8 +177,40 @@ def test_anthropics_blocks_become_calls_results_and_reasoning():
     }
     assert [reconciled.place(number, "content") for number in range(6)] == [
         "$.system",
-        *(f"$.messages[{number}].content" for number in (0, 1, 2, 2, 3)),
+        "$.messages[0].content",
+        "$.messages[1].content",
+        "$.messages[2].content[0].content",
+        "$.messages[2].content",
+        "$.messages[3].content",
     ]
+    assert reconciled.place(2, "reasoning") == "$.messages[1].content[0]"
+    assert reconciled.place(2, "tool_calls[0]") == "$.messages[1].content[2]"
+    assert reconciled.place(3, "tool_call_id") == "$.messages[2].content[0].tool_use_id"
+
+
+@pytest.mark.parametrize("write", [lambda tools: tools, json.dumps], ids=["list", "text"])
+def test_tools_with_an_input_schema_tell_anthropic_by_themselves(write):
+    tools = [{"name": "f", "input_schema": {"type": "object"}}, {"type": "web_search", "name": "search"}]
+    call = {"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [CONVERSATION[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    reconciled = reconcile({"tools": write(tools), "messages": messages})
+    assert reconciled.format == "anthropic"
+    assert reconciled.conversation.tools == (
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+        tools[1],
+    )
+    assert reconciled.conversation.messages[1].tool_calls == (ToolCall(name="f", arguments="{}", id="t1"),)
+
+
+def test_what_is_wrong_beside_a_result_is_named_at_its_own_place():
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": "rain"}
+    for blocks, path in (
+        ([result, {"type": "image", "source": {}}], "content[1]"),
+        ([{**result, "content": [{"type": "image", "source": {}}]}], "content[0].content[0]"),
+    ):
+        with pytest.raises(RecordError) as refusal:
+            reconcile({"messages": [CONVERSATION[0], CONVERSATION[1], {"role": "user", "content": blocks}]})
+        assert (refusal.value.code, refusal.value.path) == ("media_part", f"$.messages[2].{path}")
 
 
 def test_mistrals_results_may_be_objects():
@@ -198,8 +229,6 @@ def test_mistrals_results_may_be_objects():
     assert len(conversation.tools) == 1
 
 
-SHAREGPT = RECORDS["sharegpt"]("q", "a", "r", "b")
-OPENAI = RECORDS["openai"]("q", "a", "r", "b")
 CONVERSATION = RECORDS["sharegpt roles"]("q", "a", "r", "b")["conversation"]
 
 
@@ -212,8 +241,15 @@ CONVERSATION = RECORDS["sharegpt roles"]("q", "a", "r", "b")["conversation"]
         ({"instruction": "q", "input": "i", "output": "a"}, "alpaca"),
         ({"messages": CONVERSATION, "text": "rendered, but as no ChatML"}, "openai"),
         ({"messages": CONVERSATION, "data": {"source": "x"}}, "openai"),
+        ({"messages": CONVERSATION, "prompt": "q", "completion": ""}, "openai"),
+        ({"messages": CONVERSATION, "question": "q", "answer": 42}, "openai"),
+        ({"query": "q", "response": "a", "prompt": ""}, "ms_swift"),
+        ({"messages": CONVERSATION, "rejected_response": "no"}, "openai"),
     ],
-    ids=["ultrachat-200k", "ultrafeedback", "an-empty-other", "alpaca-input", "rendered", "data"],
+    ids=[
+        *("ultrachat-200k", "ultrafeedback", "an-empty-other", "alpaca-input", "rendered", "data", "an-empty-reply"),
+        *("a-number", "an-empty-question", "ms-swift-preference"),
+    ],
 )
 def test_evidence_decides_where_only_one_reading_is_possible(record, form):
     assert reconcile(record).format == form
@@ -226,8 +262,15 @@ def test_evidence_decides_where_only_one_reading_is_possible(record, form):
         ({"messages": CONVERSATION, "prompt": "q", "completion": "a"}, ("openai", "prompt_completion")),
         ({"prompt": "q", "completion": "a", "response": "b"}, ("completion", "response")),
         ({"query": "q", "response": "a", "prompt": "p"}, ("ms_swift", "prompt_completion")),
+        ({"instruction": "q", "output": "a", "response": "b"}, ("output", "response")),
+        ({"prompt": "q", "question": "r", "chosen": "a"}, ("prompt", "question")),
+        ({"messages": CONVERSATION, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, ("tools", "functions")),
+        ({"messages": CONVERSATION, "system": "s", "system_prompt": "t"}, ("system", "system_prompt")),
     ],
-    ids=["two-lists", "list-and-pair", "two-replies", "two-questions"],
+    ids=[
+        *("two-lists", "list-and-pair", "two-replies", "two-questions", "two-outputs", "two-prompts"),
+        *("two-lists-of-tools", "two-systems"),
+    ],
 )
 def test_ambiguity_is_an_error_with_the_choices(record, choices):
     with pytest.raises(RecordError) as refusal:
@@ -237,75 +280,14 @@ def test_ambiguity_is_an_error_with_the_choices(record, choices):
     assert "recipe" in refusal.value.help
 
 
-def test_a_recipe_may_force_a_format():
-    record = {"messages": CONVERSATION, "prompt": "q", "completion": "a"}
-    assert said(record, format="prompt_completion") == [("user", "q"), ("assistant", "a")]
-
-
-def test_a_recipe_may_map_fields_by_their_path_and_roles_by_name():
-    record = {
-        "data": {"turns": [{"who": "Customer", "text": "q", "at": 1}, {"who": "Agent", "text": "a", "at": 2}]},
-        "note": {"system": ["s"]},
-    }
-    reading = {
-        "format": "openai",
-        "fields": {
-            "messages": "$.data.turns",
-            "messages[].role": "who",
-            "messages[].content": "$.text",
-            "system": "note.system[0]",
-        },
-        "roles": {"Customer": "user", "Agent": "assistant"},
-    }
-    assert said(record, **reading) == [("system", "s"), ("user", "q"), ("assistant", "a")]
-    reconciled = reconcile(record, parse_reading(reading))
-    assert [reconciled.place(number, "content") for number in range(3)] == [
-        "$.note.system[0]",
-        "$.data.turns[0].text",
-        "$.data.turns[1].text",
+def test_what_says_the_same_twice_is_no_ambiguity():
+    system = [{"role": "system", "content": "s"}, *CONVERSATION]
+    expected = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    assert said({"system": "s", "system_prompt": "s", "messages": system}) == expected
+    assert said({"prompt": "q", "question": "q", "output": "", "completion": "a"}) == [
+        ("user", "q"),
+        ("assistant", "a"),
     ]
-    assert reconciled.place(2, "role") == "$.data.turns[1].who"
-    del record["data"]["turns"][1]["text"]
-    with pytest.raises(RecordError) as refusal:
-        reconcile(record, parse_reading(reading))
-    assert refusal.value.code == "missing_field"
-    assert "message 1" in refusal.value.message
-
-
-@pytest.mark.parametrize(
-    ("reading", "said"),
-    [
-        ({"format": "opnai"}, "openai"),
-        ({"format": "alpaca", "fields": {"instrction": "$.q"}}, "instruction"),
-        ({"fields": {"prompt": "$..q"}}, "JSON path"),
-        ({"fields": ["prompt"]}, "mapping"),
-        ({"roles": {"Agent": "bot"}}, "assistant"),
-    ],
-    ids=["format", "field", "path", "list", "role"],
-)
-def test_a_mapping_that_cannot_be_is_refused(reading, said):
-    with pytest.raises(SetupError) as refusal:
-        parse_reading(reading)
-    assert said in f"{refusal.value.message} {refusal.value.remedy}"
-
-
-@pytest.mark.parametrize(
-    ("record", "index", "part", "path"),
-    [
-        (SHAREGPT, 1, "content", "$.conversations[1].value"),
-        (SHAREGPT, 0, "role", "$.conversations[0].from"),
-        ({"system": "s", **OPENAI}, 2, "content", "$.messages[1].content"),
-        ({"system": "s", **OPENAI}, 0, "content", "$.system"),
-        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, 1, "content", "$.history[0][1]"),
-        ({"instruction": "q", "output": "a", "history": [["x", "y"]]}, 3, "content", "$.output"),
-        ({"data": ["q", "a"]}, 1, "content", "$.data[1]"),
-        (OPENAI, 1, "tool_calls[0]", "$.messages[1].tool_calls[0]"),
-        (OPENAI, -1, "tools[0]", "$.tools[0]"),
-        (OPENAI, 3, "", "$.messages[3]"),
-    ],
-)  # fmt: skip
-def test_a_place_is_where_its_author_wrote_it(record, index, part, path):
-    assert reconcile(record).place(index, part) == path
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def shortened(piece: Piece, largest: int) -> Piece:
     return piece if piece.size <= largest else msgspec.structs.replace(piece, data=piece.data[:KEPT])
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(OBJECTS, max_size=6), INDENTS, st.booleans(), st.integers(1, 30), st.integers(KEPT, 60))
+@settings(max_examples=100, deadline=None)
+@given(st.lists(OBJECTS, max_size=4), INDENTS, st.booleans(), st.integers(1, 30), st.integers(KEPT, 60))
 @example([{"a": "é\\" * 30}, {"b": "x" * 90}], None, False, 1, 10)
 @example([{"a": "x" * 90}, {}], 1, True, 3, 40)
 def test_only_elements_that_are_too_large_are_shortened(values, indent, ascii_only, size, largest):
@@ -188,7 +188,7 @@ def test_a_broken_element_that_is_too_large_leaves_its_neighbours_alone(broken):
 
 LONG = {
     "text": b'{"a": "' + b"x" * 4_000_000 + b'"}',
-    "escapes": b'{"a": "' + b'\\"\\\\' * 1_000_000 + b'"}',
+    "escapes": b'{"a": "' + (b'\\"\\\\' + b"x" * 36) * 100_000 + b'"}',
     "a list": b'{"a": [' + b"1, " * 1_300_000 + b"1]}",
     "brackets": b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
     "a scalar": b"9" * 4_000_000,

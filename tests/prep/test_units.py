@@ -14,7 +14,7 @@ from dft_prep import units
 from dft_prep.files import FileError
 from dft_prep.readers import UnitReader
 from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units, unit_fingerprint
+from dft_prep.units import line_range, plan_units, unit_fingerprint
 
 RECORD = b'{"messages": [{"role": "user", "content": "q"}]}'
 PRETTY = json.dumps(json.loads(RECORD), indent=2).encode()
@@ -139,3 +139,26 @@ def test_a_fingerprint_is_of_the_lines_of_the_unit_alone(plan, monkeypatch):
     (whole,) = plan(zipped := gzip.compress(b"".join(lines), mtime=0))
     (other,) = plan(zipped[:-1] + b"\1", "b.gz")
     assert unit_fingerprint(whole) != unit_fingerprint(other)
+
+
+def test_a_unit_inside_of_a_long_line_looks_at_no_more_than_itself(plan, monkeypatch):
+    monkeypatch.setattr(units, "UNIT_BYTES", 1 << 16)
+    monkeypatch.setattr(units, "_LINE_PIECE", 1 << 10)
+    long = b'{"a": "' + b"x" * 3_000_000 + b'"}'
+    planned = plan(RECORD + b"\n" + long + b"\n" + RECORD + b"\n")
+    ranges = [line_range(unit) for unit in planned]
+    assert ranges[0] == (0, len(RECORD) + 1 + len(long) + 1)
+    assert all(first == last == unit.end for (first, last), unit in list(zip(ranges, planned, strict=True))[1:-1])
+    assert ranges[-1] == (ranges[0][1], -1)
+    read = 0
+
+    class Counted(io.BufferedReader):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            nonlocal read
+            line = super().readline(size)
+            read += len(line)
+            return line
+
+    monkeypatch.setattr(units, "open_raw", lambda file: Counted(io.FileIO(file.path)))
+    line_range(planned[3])
+    assert 0 < read <= units.UNIT_BYTES + units._LINE_PIECE

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dft_prep.converters import MEDIA_FIELDS
 from dft_prep.formats.alpaca import ALPACA
 from dft_prep.formats.anthropic import ANTHROPIC
 from dft_prep.formats.chatml_text import CHATML_TEXT
@@ -17,7 +18,7 @@ from dft_prep.formats.prompt_completion import PROMPT_COMPLETION
 from dft_prep.formats.sharegpt import SHAREGPT
 from dft_prep.formats.ultrachat import ULTRACHAT
 
-__all__ = ["FORMATS", "KNOWN_FIELDS", "SHARED_FIELDS", "SPECIAL_MESSAGES", "Format"]
+__all__ = ["FORMATS", "KNOWN_FIELDS", "SHARED_FIELDS", "SPECIAL_MESSAGES", "SYSTEM_FIELDS", "TOOL_FIELDS", "Format"]
 
 FORMATS: dict[str, Format] = {
     form.name: form
@@ -37,16 +38,13 @@ FORMATS: dict[str, Format] = {
 SPECIAL_MESSAGES = (ANTHROPIC, MISTRAL)
 """Formats whose records have `messages`, as OpenAI's, and something besides that tells them."""
 
+SYSTEM_FIELDS = ("system", "system_prompt")
+TOOL_FIELDS = ("tools", "functions", "available_tools")
 SHARED_FIELDS: dict[str, str] = {
-    "system": "messages[].content",
-    "system_prompt": "messages[].content",
-    "tools": "tools",
-    "functions": "tools",
+    **dict.fromkeys(SYSTEM_FIELDS, "messages[].content"),
+    **dict.fromkeys(TOOL_FIELDS, "tools"),
 }
 """Fields that every format may have."""
-
-MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
-"""Fields of a whole record that hold what is not trained here."""
 
 KNOWN_FIELDS = frozenset(
     [

@@ -12,17 +12,32 @@ from dft_prep.converters import RecordError, to_text
 from dft_prep.formats.format import Format
 from dft_prep.formats.turns import Turns, read_history, required_reply
 
+_REPLIES = ("output", "response")
+
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
+    read_instruction(record, turns)
+    key, reply = required_reply(record, _REPLIES, turns)
+    turns.add_text("assistant", reply, key)
+
+
+def read_instruction(record: Mapping[str, Any], turns: Turns) -> None:
+    """Add all that comes before the reply."""
     read_history(record.get("history") or [], turns)
     instruction, extra = (
         to_text(record[key], f"$.{key}") if record.get(key) is not None else "" for key in ("instruction", "input")
     )
     if not instruction and not extra:
         raise RecordError("empty_conversation", "$.instruction", "instruction and input are empty", "leave it out")
-    key, reply = required_reply(record, ("output", "response"))
-    turns.add_text("user", "\n".join(text for text in (instruction, extra) if text), "instruction")
-    turns.add_text("assistant", reply, key)
+    text = "\n".join(text for text in (instruction, extra) if text)
+    turns.add_text("user", text, "instruction" if instruction else "input")
+
+
+def _evidence(record: Mapping[str, Any]) -> bool:
+    # With `chosen` and no reply of its own it is a preference's prompt.
+    return record.get("instruction") is not None and (
+        record.get("chosen") is None or any(record.get(key) is not None for key in _REPLIES)
+    )
 
 
 ALPACA = Format(
@@ -34,6 +49,7 @@ ALPACA = Format(
         "response": "messages[].content",
         "history": "messages",
     },
-    evidence=lambda record: record.get("instruction") is not None,
+    holds=(("instruction", "input"), _REPLIES),
+    evidence=_evidence,
     convert=_convert,
 )

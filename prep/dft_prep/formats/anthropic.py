@@ -8,89 +8,76 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dft_common.records import Message, ToolCall
-from dft_prep.converters import OPENAI_ROLES, Content, RecordError, compact_json, to_content, to_role, type_name
+from dft_common.records import Message
+from dft_prep.converters import OPENAI_ROLES, to_content, to_role
 from dft_prep.formats.format import Format
-from dft_prep.formats.turns import MESSAGE_FIELDS, Turns, listed, made_message
+from dft_prep.formats.openai import OPENAI
+from dft_prep.formats.turns import Turns, listed, read_message
 
-_BLOCKS = ("tool_use", "tool_result")
+_BLOCKS = ("tool_use", "tool_result", "thinking")
 
 
 def _evidence(record: Mapping[str, Any]) -> bool:
     messages = record.get("messages")
     if not isinstance(messages, list):
         return False
-    if isinstance(record.get("system"), list):
+    if isinstance(record.get("system"), list) or _has_schemas(record.get("tools")):
         return True
     contents = (message.get("content") for message in messages if isinstance(message, dict))
     blocks = (block for content in contents if isinstance(content, list) for block in content)
     return any(isinstance(block, dict) and block.get("type") in _BLOCKS for block in blocks)
 
 
+def _has_schemas(tools: Any) -> bool:
+    if isinstance(tools, str):
+        return '"input_schema"' in tools
+    return isinstance(tools, list) and any(isinstance(tool, dict) and "input_schema" in tool for tool in tools)
+
+
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     for number, item in enumerate(listed(record.get("messages"), "messages")):
-        path = f"$.messages[{number}]"
-        if not isinstance(item, dict):
-            message = f"got {type_name(item)}, expected a message"
-            raise RecordError("content_type", path, message, "write it as an object")
-        role = to_role(
-            item.get("role"), {**OPENAI_ROLES, **turns.roles} if turns.roles else OPENAI_ROLES, f"{path}.role"
-        )
-        blocks = item.get("content")
-        others = blocks
-        calls: list[ToolCall] = []
-        if isinstance(blocks, list):
-            others = []
-            for place, block in enumerate(blocks):
-                kind = block.get("type") if isinstance(block, dict) else None
-                if kind == "tool_result":
-                    _add_result(block, number, f"{path}.content[{place}]", turns)
-                elif kind == "tool_use":
-                    calls.append(_call(block, f"{path}.content[{place}]"))
-                else:
-                    others.append(block)
-            if not others and not calls and blocks:
-                continue  # results alone
-        content = to_content(others, f"{path}.content")
-        content = Content(text=content.text, reasoning=content.reasoning, tool_calls=(*content.tool_calls, *calls))
-        turns.add(made_message(role, content, item, path, "content"), "messages", number, "content", "role")
-    turns.tools = _tools(record.get("tools"))
+        blocks = item.get("content") if isinstance(item, dict) else None
+        if not isinstance(blocks, list) or not any(map(_is_result, blocks)):
+            read_message(item, "messages", number, turns)
+            continue
+        to_role(item.get("role"), turns.known(OPENAI_ROLES), f"$.messages[{number}].role")
+        for at, block in enumerate(blocks):
+            if _is_result(block):
+                _add_result(block, f"messages[{number}].content[{at}]", turns)
+        if not all(map(_is_result, blocks)):
+            # An empty text for each result, so that the others keep their places.
+            others = ["" if _is_result(block) else block for block in blocks]
+            read_message({**item, "content": others}, "messages", number, turns, written=item)
 
 
-def _add_result(block: Mapping[str, Any], number: int, path: str, turns: Turns) -> None:
-    content = to_content(block.get("content"), f"{path}.content")
+def _is_result(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "tool_result"
+
+
+def _add_result(block: Mapping[str, Any], key: str, turns: Turns) -> None:
+    content = to_content(block.get("content"), f"$.{key}.content")
     identity = block.get("tool_use_id")
     message = Message(
         role="tool",
         content=content.text or "",  # a tool that says nothing
         tool_call_id=identity if isinstance(identity, str) else None,
     )
-    turns.add(message, "messages", number, "content", "role")
+    turns.add(message, key, -1, block)
 
 
-def _call(block: Mapping[str, Any], path: str) -> ToolCall:
-    name, identity, given = block.get("name"), block.get("id"), block.get("input")
-    if not isinstance(name, str):
-        raise RecordError("bad_tool_calls", path, "a tool_use block without a name", "give it the tool's name")
-    arguments = compact_json({} if given is None else given, f"{path}.input")
-    return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
-
-
-def _tools(tools: Any) -> Any:
-    """Tools with `input_schema` as templates expect them; all others as they are."""
-    if not isinstance(tools, list):
-        return tools
-    return [_tool(tool) if isinstance(tool, dict) and "input_schema" in tool else tool for tool in tools]
-
-
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _tool(tool: Any) -> Any:
+    """A tool with `input_schema` as templates expect it; any other as it is."""
+    if not isinstance(tool, dict) or "input_schema" not in tool:
+        return tool
     function = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
 
 
 ANTHROPIC = Format(
     name="anthropic",
-    fields={f"messages[].{field}": f"messages[].{target}" for field, target in MESSAGE_FIELDS.items()},
+    fields=OPENAI.fields,
+    holds=OPENAI.holds,
     evidence=_evidence,
     convert=_convert,
+    tool=_tool,
 )

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dft_common.records import Message
 from dft_prep.converters import OPENAI_ROLES, RecordError, to_role, to_text
 from dft_prep.formats.format import Format
 from dft_prep.formats.turns import Turns
@@ -22,8 +21,7 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     while (found := _TURN.match(text, at)) is not None:
         if _START in found["content"]:
             raise _not_whole(text, found.start("content"))
-        role: Any = to_role(found["role"], roles, "$.text")
-        turns.add(Message(role=role, content=found["content"]), "text")
+        turns.add_text(to_role(found["role"], roles, "$.text"), found["content"], "text")
         at = found.end()
     if text[at:].strip() or not at:
         raise _not_whole(text, at)
@@ -37,6 +35,7 @@ def _not_whole(text: str, at: int) -> RecordError:
 CHATML_TEXT = Format(
     name="chatml_text",
     fields={"text": "messages[].content"},
+    holds=(("text",),),
     evidence=lambda record: isinstance(text := record.get("text"), str) and _START in text,
     convert=_convert,
 )

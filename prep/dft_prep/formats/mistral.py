@@ -32,15 +32,16 @@ def _evidence(record: Mapping[str, Any]) -> bool:
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     for number, item in enumerate(listed(record.get("messages"), "messages")):
         if _is_result(item):
-            item = {**item, "content": compact_json(item["content"], f"$.messages[{number}].content")}
-        read_message(item, "messages", number, turns, sharegpt=False)
-    tools = record.get("available_tools")
-    turns.tools = record.get("tools") if tools is None else tools
+            text = compact_json(item["content"], f"$.messages[{number}].content")
+            read_message({**item, "content": text}, "messages", number, turns, written=item)
+        else:
+            read_message(item, "messages", number, turns)
 
 
 MISTRAL = Format(
     name="mistral",
-    fields={**OPENAI.fields, "available_tools": "tools"},
+    fields=OPENAI.fields,
+    holds=OPENAI.holds,
     evidence=_evidence,
     convert=_convert,
 )

@@ -13,13 +13,14 @@ from dft_prep.formats.turns import Turns, read_history, required_reply
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     read_history(record.get("history") or [], turns)
     turns.add_text("user", to_text(record.get("query"), "$.query"), "query")
-    key, reply = required_reply(record, ("response",))
+    key, reply = required_reply(record, ("response",), turns)
     turns.add_text("assistant", reply, key)
 
 
 MS_SWIFT = Format(
     name="ms_swift",
     fields={"query": "messages[].content", "response": "messages[].content", "history": "messages"},
+    holds=(("query",), ("response",)),
     evidence=lambda record: record.get("query") is not None,
     convert=_convert,
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dft_prep.formats.choices import is_only_prompt
 from dft_prep.formats.format import Format
-from dft_prep.formats.turns import MESSAGE_FIELDS, Turns, read_messages
+from dft_prep.formats.turns import SHAREGPT_FIELDS, Turns, read_messages
 
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
@@ -18,11 +19,8 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
 
 OPENAI = Format(
     name="openai",
-    fields={
-        **{f"messages[].{field}": f"messages[].{target}" for field, target in MESSAGE_FIELDS.items()},
-        "messages[].from": "messages[].role",
-        "messages[].value": "messages[].content",
-    },
-    evidence=lambda record: record.get("messages") is not None,
+    fields={f"messages[].{field}": f"messages[].{target}" for field, target in SHAREGPT_FIELDS.items()},
+    holds=(("messages",),),
+    evidence=lambda record: record.get("messages") is not None and not is_only_prompt(record, "messages"),
     convert=_convert,
 )

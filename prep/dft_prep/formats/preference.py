@@ -1,62 +1,80 @@
 """`chosen` and `rejected`: preference data, of which the chosen conversation is taken.
 
-`chosen` is a list of messages (whole, or what follows a `prompt`), a reply to `prompt`, or a dialogue written as
-"\\n\\nHuman: ...\\n\\nAssistant: ..." text.
+`chosen` is a list of messages (whole, or what follows a prompt), one message, a text that replies to a prompt, or a
+dialogue written as one text. The prompt is `prompt`, `question` or `input`, Alpaca's instruction, or a list of messages
+that ends before the reply.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from dft_prep.converters import RecordError, to_text
+from dft_prep.formats.alpaca import read_instruction
+from dft_prep.formats.choices import is_only_prompt, is_reply
+from dft_prep.formats.dialogue import is_dialogue, read_dialogue
 from dft_prep.formats.format import Format
-from dft_prep.formats.prompt_completion import read_prompt
-from dft_prep.formats.turns import Turns, read_messages
+from dft_prep.formats.prompt_completion import QUESTIONS, read_prompt
+from dft_prep.formats.sharegpt import CONVERSATIONS, read_conversation
+from dft_prep.formats.turns import SHAREGPT_FIELDS, Turns, read_message, read_messages, the_one
 
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n|$))")
+_LISTS = ("messages", *CONVERSATIONS)
 
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
-    chosen, prompt = record.get("chosen"), record.get("prompt")
+    chosen = record.get("chosen")
     if isinstance(chosen, list):
-        if prompt is not None and not _begins_with_a_question(chosen):
-            read_prompt(prompt, "prompt", turns)
+        if not chosen or is_reply(chosen[0]):
+            _read_prompt(record, turns)
         read_messages(chosen, "chosen", turns)
-        return
-    text = to_text(chosen, "$.chosen")
-    if prompt is not None:
-        read_prompt(prompt, "prompt", turns)
-        turns.add_text("assistant", text, "chosen")
+    elif isinstance(chosen, dict):
+        _read_prompt(record, turns)
+        read_message(chosen, "chosen", -1, turns)
+    elif _read_prompt(record, turns):
+        turns.add_text("assistant", to_text(chosen, "$.chosen"), "chosen")
     else:
-        _read_dialogue(text, turns)
+        _read_whole(to_text(chosen, "$.chosen"), turns)
 
 
-def _begins_with_a_question(chosen: list[Any]) -> bool:
-    """Whether a list of messages is a whole conversation, and not only what follows a prompt."""
-    first = chosen[0] if chosen else None
-    return isinstance(first, dict) and first.get("role", first.get("from")) not in ("assistant", "gpt")
+def _read_prompt(record: Mapping[str, Any], turns: Turns) -> bool:
+    """Add what `chosen` replies to; whether there is anything."""
+    keys = [key for key in ("prompt", "instruction", "question") if record.get(key) is not None]
+    # Alpaca's input is a part of its instruction.
+    if "instruction" not in keys and record.get("input") is not None:
+        keys.append("input")
+    keys += [key for key in _LISTS if record.get(key) is not None and is_only_prompt(record, key)]
+    if not keys:
+        return False
+    key = the_one(record, keys, turns)
+    if key == "instruction":
+        read_instruction(record, turns)
+    elif key in CONVERSATIONS:
+        read_conversation(record, key, turns)
+    else:
+        read_prompt(record[key], key, turns)
+    return True
 
 
-def _read_dialogue(text: str, turns: Turns) -> None:
-    speakers = list(_SPEAKER.finditer(text))
-    if not speakers or speakers[0].start() != 0:
+def _read_whole(text: str, turns: Turns) -> None:
+    if not is_dialogue(text):
         message = "a text without `prompt`, which does not begin with a blank line and `Human:`"
         raise RecordError("unknown_shape", "$.chosen", message, "give the prompt in a field of its own, or messages")
-    ends = [*(found.start() for found in speakers[1:]), len(text)]
-    for found, end in zip(speakers, ends, strict=True):
-        turns.add_text("user" if found[1] == "Human" else "assistant", text[found.end() : end], "chosen")
+    read_dialogue(text, "chosen", turns)
 
 
 PREFERENCE = Format(
     name="preference",
     fields={
-        "prompt": "messages[].content",
-        "chosen": "messages[].content",
-        **{f"{key}[].role": "messages[].role" for key in ("prompt", "chosen")},
-        **{f"{key}[].content": "messages[].content" for key in ("prompt", "chosen")},
+        **dict.fromkeys((*QUESTIONS, "instruction", "chosen"), "messages[].content"),
+        "history": "messages",
+        **{
+            f"{key}[].{field}": f"messages[].{target}"
+            for key in ("prompt", "chosen", *_LISTS)
+            for field, target in SHAREGPT_FIELDS.items()
+        },
     },
+    holds=(("chosen",),),
     evidence=lambda record: record.get("chosen") is not None,
     convert=_convert,
 )

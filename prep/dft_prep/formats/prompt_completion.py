@@ -9,42 +9,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dft_prep.converters import RecordError, to_text
+from dft_prep.converters import to_text
+from dft_prep.formats.dialogue import is_dialogue_before_reply, read_dialogue
 from dft_prep.formats.format import Format
-from dft_prep.formats.turns import Turns, read_messages, required_reply
+from dft_prep.formats.turns import SHAREGPT_FIELDS, Turns, read_messages, required_reply, the_one
 
 QUESTIONS = ("prompt", "question", "input")
 REPLIES = ("completion", "response", "answer", "output")
 
 
-def _there(record: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    return [key for key in keys if record.get(key) is not None]
-
-
-def _the_one(record: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    found = _there(record, keys)
-    filled = [key for key in found if record[key] not in ("", [])] or found
-    if len(filled) > 1:
-        shown = " and ".join(f"`{key}`" for key in filled)
-        raise RecordError("ambiguous_shape", "$", f"{shown} may each be meant", "keep one, or map `fields` in a recipe")
-    return (filled or list(keys))[0]
-
-
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
-    question, reply = _the_one(record, QUESTIONS), _the_one(record, REPLIES)
+    question, reply = the_one(record, QUESTIONS, turns), the_one(record, REPLIES, turns)
     read_prompt(record.get(question), question, turns)
     if isinstance(record.get(reply), list):
         read_messages(record[reply], reply, turns)
     else:
-        turns.add_text("assistant", required_reply(record, (reply,))[1], reply)
+        turns.add_text("assistant", required_reply(record, (reply,), turns)[1], reply)
 
 
 def read_prompt(value: Any, key: str, turns: Turns) -> None:
-    """Add a prompt: a user's text, or messages."""
+    """Add a prompt: a user's text, a dialogue that ends where the assistant is to speak, or messages."""
     if isinstance(value, list):
         read_messages(value, key, turns)
+    elif isinstance(value, str) and is_dialogue_before_reply(value):
+        read_dialogue(value, key, turns, before_reply=True)
     else:
         turns.add_text("user", to_text(value, f"$.{key}"), key)
+
+
+def _there(record: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    return any(record.get(key) is not None for key in keys)
 
 
 PROMPT_COMPLETION = Format(
@@ -52,14 +46,13 @@ PROMPT_COMPLETION = Format(
     fields={
         **dict.fromkeys((*QUESTIONS, *REPLIES), "messages[].content"),
         **{
-            f"{key}[].{field}": f"messages[].{field}"
-            for key in ("prompt", "completion")
-            for field in ("role", "content")
+            f"{key}[].{field}": f"messages[].{target}"
+            for key in (*QUESTIONS, *REPLIES)
+            for field, target in SHAREGPT_FIELDS.items()
         },
     },
+    holds=(QUESTIONS, REPLIES),
     # An instruction makes it Alpaca's: its `input` is no question of its own.
-    evidence=lambda record: (
-        bool(_there(record, QUESTIONS)) and bool(_there(record, REPLIES)) and record.get("instruction") is None
-    ),
+    evidence=lambda record: _there(record, QUESTIONS) and _there(record, REPLIES) and record.get("instruction") is None,
     convert=_convert,
 )

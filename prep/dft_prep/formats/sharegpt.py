@@ -11,10 +11,11 @@ from typing import Any
 
 from dft_common.records import Message
 from dft_prep.converters import CALL_ROLES, SHAREGPT_ROLES, to_text
+from dft_prep.formats.choices import is_only_prompt
 from dft_prep.formats.format import Format
-from dft_prep.formats.turns import MESSAGE_FIELDS, Turns, listed, read_message
+from dft_prep.formats.turns import SHAREGPT_FIELDS, Turns, listed, read_message, the_one
 
-_KEYS = ("conversations", "conversation")
+CONVERSATIONS = ("conversations", "conversation")
 _EXCHANGES: dict[str, str] = {
     "system": "system",
     **dict.fromkeys(("human", "user", "input"), "user"),
@@ -22,14 +23,12 @@ _EXCHANGES: dict[str, str] = {
 }
 
 
-def _key(record: Mapping[str, Any]) -> str:
-    return next(
-        (key for key in _KEYS if record.get(key)), next((k for k in _KEYS if record.get(k) is not None), _KEYS[0])
-    )
-
-
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
-    key = _key(record)
+    read_conversation(record, the_one(record, CONVERSATIONS, turns), turns)
+
+
+def read_conversation(record: Mapping[str, Any], key: str, turns: Turns) -> None:
+    """Add every message of the list in the field `key`."""
     plain = SHAREGPT_ROLES if not turns.roles else {}
     for number, item in enumerate(listed(record.get(key), key)):
         if type(item) is dict and len(item) == 2:
@@ -37,7 +36,7 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
             speaker, text = item.get("from"), item.get("value")
             if type(text) is str and type(speaker) is str and speaker in plain and speaker not in CALL_ROLES:
                 role: Any = plain[speaker]
-                turns.add(Message(role=role, content=text), key, number, "value", "from")
+                turns.add(Message(role=role, content=text), key, number, item)
                 continue
         if isinstance(item, dict) and _is_exchange(item):
             _read_exchange(item, key, number, turns)
@@ -54,22 +53,20 @@ def _read_exchange(item: Mapping[str, Any], key: str, number: int, turns: Turns)
     for name, role in _EXCHANGES.items():
         text = item.get(name)
         if text is not None and (text or role != "system"):
-            text = to_text(text, f"$.{key}[{number}].{name}")
-            turns.add(Message(role=role, content=text), key, number, name, name)  # pyright: ignore[reportArgumentType]
+            field = f"{key}[{number}].{name}"
+            turns.add_text(role, to_text(text, f"$.{field}"), field)
 
 
 SHAREGPT = Format(
     name="sharegpt",
     fields={
         f"{key}[].{field}": f"messages[].{target}"
-        for key in _KEYS
-        for field, target in {
-            "from": "role",
-            "value": "content",
-            **MESSAGE_FIELDS,
-            **dict.fromkeys(_EXCHANGES, "content"),
-        }.items()
+        for key in CONVERSATIONS
+        for field, target in {**SHAREGPT_FIELDS, **dict.fromkeys(_EXCHANGES, "content")}.items()
     },
-    evidence=lambda record: any(record.get(key) is not None for key in _KEYS),
+    holds=(CONVERSATIONS,),
+    evidence=lambda record: any(
+        record.get(key) is not None and not is_only_prompt(record, key) for key in CONVERSATIONS
+    ),
     convert=_convert,
 )

@@ -20,4 +20,10 @@ def _evidence(record: Mapping[str, Any]) -> bool:
     return isinstance(data, list) and bool(data) and all(isinstance(text, str) for text in data)
 
 
-ULTRACHAT = Format(name="ultrachat", fields={"data": "messages[].content"}, evidence=_evidence, convert=_convert)
+ULTRACHAT = Format(
+    name="ultrachat",
+    fields={"data": "messages[].content"},
+    holds=(("data",),),
+    evidence=_evidence,
+    convert=_convert,
+)
