@@ -85,7 +85,7 @@ def log_safe_json(text: str) -> str:
 
 def report_error(error: DftError) -> int:
     """Print `error` to stderr and return the exit code for it."""
-    sys.stderr.write(f"error: {printable(error.message)}\n")
+    sys.stderr.write(f"error: {log_safe(error.message)}\n")
     if error.remedy:
-        sys.stderr.write(f"  what to do: {printable(error.remedy)}\n")
+        sys.stderr.write(f"  what to do: {log_safe(error.remedy)}\n")
     return error.exit_code

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from dft_common.errors import printable
+from dft_common.errors import log_safe
 
 LOGGER_NAME = "dft"
 
@@ -22,7 +22,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        text = printable(record.getMessage())
+        text = log_safe(record.getMessage())
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return f"{self.prefix}{level}{text}"

@@ -277,7 +277,6 @@ class _Splitter:
             if passed := self._data[start : min(start + _CHUNK, self._at)].rstrip(_WHITE + b","):
                 self._large_end = self._base + start + len(passed)
                 break
-        self._count_lines(self._at)
         self._start = self._at
 
     def _line_start(self) -> int | None:

@@ -13,6 +13,7 @@ import msgspec
 from dft_prep.fields import FieldUse
 
 _NULL = "null"
+_NAMES_SHOWN = 5
 
 
 class SourceFields(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,13 +58,27 @@ def disagreements(sources: Sequence[SourceFields]) -> list[str]:
 
 def reading_lines(sources: Sequence[SourceFields]) -> list[str]:
     """How each source was read, and where sources disagree, for a reader."""
-    lines: list[str] = []
+    alike: dict[tuple[str, str], list[SourceFields]] = defaultdict(list)
     for source in sources:
-        total = sum(source.formats.values())
-        if total:
+        if total := sum(source.formats.values()):
             formats = ", ".join(f"{name} {100 * number / total:.4g} %" for name, number in source.formats.items())
-            lines.append(f"  {source.name} is {formats} of {total:,} records{_mapped(source)}")
+            alike[formats, _mapped(source)].append(source)
+    lines = []
+    for (formats, mapped), found in alike.items():
+        total = sum(number for source in found for number in source.formats.values())
+        lines.append(f"  {_names(found)} {formats} of {total:,} records{mapped}")
     return lines + [f"  sources disagree: {clause}" for clause in disagreements(sources)]
+
+
+def _names(sources: Sequence[SourceFields]) -> str:
+    """`a is`, or `a, b, c and 4 more are`: those that were read alike share a line."""
+    names = [source.name for source in sources]
+    if len(names) == 1:
+        return f"{names[0]} is"
+    more = len(names) - _NAMES_SHOWN
+    if more > 0:
+        return f"{', '.join(names[:_NAMES_SHOWN])} and {more} more are"
+    return f"{', '.join(names[:-1])} and {names[-1]} are"
 
 
 def unused_line(name: str, fields: Mapping[str, int]) -> str:

@@ -46,13 +46,14 @@ def parse_severities(error: Sequence[str], warn: Sequence[str], ignore: Sequence
             if code in changed:
                 raise SetupError(f"--{flag} {code}: another flag sets it too", remedy="keep one of them")
             if not CODES[code].may_be(severity):
-                raise SetupError(f"--{flag} {code}: it {_why_not(code, severity)}", remedy="leave it out")
+                why, remedy = _why_not(code)
+                raise SetupError(f"--{flag} {code}: it {why}", remedy=remedy)
             changed[code] = severity
     return Severities(changed)
 
 
-def _why_not(code: str, severity: str) -> str:
+def _why_not(code: str) -> tuple[str, str]:
+    """(why a code may not have a severity, what to do)"""
     if CODES[code].severity == "error":
-        return "stays an error: nothing can be built from what it is about"
-    assert severity == "error"
-    return "leaves no record out, so that it cannot be an error: use --warn with --strict"
+        return "stays an error: nothing can be built from what it is about", "take the flag away, and repair the data"
+    return "leaves no record out, so that it cannot be an error", "use --warn with --strict"

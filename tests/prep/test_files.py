@@ -140,12 +140,16 @@ def test_a_real_bomb_is_stopped_after_its_first_part(write):
     assert reader.passed < unit.size // 10
 
 
-def test_a_parquet_that_unpacks_beyond_all_measure_is_stopped(write, monkeypatch):
-    monkeypatch.setattr(files, "_GROWTH_FROM", 1000)
+@pytest.mark.parametrize(("rows", "size"), [(1, 1_000_000), (3000, 1000)], ids=["one text", "a text in every row"])
+def test_a_parquet_that_unpacks_beyond_all_measure_is_stopped(write, monkeypatch, rows, size):
+    """A text that stands in every row is held once: the file's own numbers do not tell how large it will be."""
     monkeypatch.setattr(files, "_GROWTH", 5)
     out = io.BytesIO()
-    pq.write_table(pa.table({"a": ["x" * 1_000_000]}), out, compression="zstd")
-    assert refusal(write(out.getvalue(), "a.parquet")).code == "decompression_bomb"
+    pq.write_table(pa.table({"a": ["x" * size] * rows}), out, compression="zstd")
+    path = write(out.getvalue(), "a.parquet")
+    assert len(read(path)[0]) == rows
+    monkeypatch.setattr(files, "_GROWTH_FROM", 1000)
+    assert refusal(path).code == "decompression_bomb"
 
 
 # -- what changes, or cannot be opened ---------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dft_common.errors import SetupError
+from dft_common import logs
+from dft_common.errors import SetupError, report_error
 from dft_common.records import Finding
 from dft_prep.baseline import finding_fingerprint, read_baseline
 from dft_prep.findings import make_writer
@@ -210,6 +211,18 @@ def test_a_baseline_that_lacks_findings_says_so(tmp_path, caplog):
     assert read_baseline(str(path)) == {"0"}
     assert "1,234 findings are not in it" in caplog.text
     assert "--max_errors" in caplog.text
+
+
+def test_errors_and_warnings_that_name_a_file_command_no_ci_runner(monkeypatch, capsys):
+    logger = logs.get_logger()
+    for name, value in (("handlers", []), ("propagate", True), ("level", logger.level)):
+        monkeypatch.setattr(logger, name, value)  # for setup's changes to end with this test
+    logs.setup()
+    report_error(SetupError("--data_files a\n::add-mask::x", remedy="b\n  ::stop-commands::y"))
+    logger.warning("%s", "a\n##[add-mask]x")
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 6
+    assert not COMMAND.search(text)
 
 
 def test_the_summary_says_what_was_counted():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +311,24 @@ def test_what_does_not_read_as_a_whole_is_refused(record, code):
     with pytest.raises(RecordError) as refusal:
         reconcile(record)
     assert refusal.value.code == code
+
+
+DOC = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text("utf-8")
+EXAMPLES = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", DOC, re.MULTILINE)
+
+
+def test_the_docs_have_an_example_of_every_format():
+    assert [name for name, _ in EXAMPLES] == list(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_an_example_of_the_docs_is_what_it_says(name, example):
+    reconciled = reconcile(json.loads(example.replace("\\|", "|")))
+    assert reconciled.format == name
+    assert (reconciled.conversation.messages[-1].role, reconciled.conversation.messages[-1].content) == (
+        "assistant",
+        "a",
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)

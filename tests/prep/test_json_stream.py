@@ -36,6 +36,8 @@ def check_places(data: bytes, pieces: list[Piece]) -> None:
     for piece in pieces:
         assert data[piece.offset : piece.offset + len(piece.data)] == piece.data
         assert piece.line == data.count(b"\n", 0, piece.offset) + 1
+        in_line = data[data.rfind(b"\n", 0, piece.offset) + 1 : piece.offset]
+        assert piece.column == sum(byte & 0xC0 != 0x80 for byte in in_line) + 1
 
 
 @settings(max_examples=200, deadline=None)

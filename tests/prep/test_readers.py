@@ -5,17 +5,18 @@ import io
 import json
 import random
 import tracemalloc
+from unittest import mock
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.errors import DataError
-from dft_prep import units
+from dft_prep import readers, units
 from dft_prep.readers import RawRecord, UnitReader
 from dft_prep.sources import SourceFile, resolve_sources
 from dft_prep.units import Unit, plan_units, unit_fingerprint
@@ -69,6 +70,27 @@ def test_ranges_cover_every_line_exactly_once_whatever_their_size(tmp_path_facto
         lines += reader.lines
     assert found == expected
     assert lines == data.count(b"\n")
+
+
+@settings(max_examples=200, deadline=None)
+@given(PIECES, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.integers(1, 40))
+@example([b'{"a": 1}', b'{"a": 1}'], b"\r\n", True, True, 2)
+@example([b'{"a": 1}'], b"\r\n", True, False, 9)
+def test_blocks_of_any_size_give_the_same_records_and_notes(tmp_path_factory, parts, end, last, bom, size):
+    data = (b"\xef\xbb\xbf" if bom else b"") + end.join(parts) + (end if last else b"")
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes(data)
+    file = SourceFile(path=str(path), shown="a", relative="a", size=len(data))
+    found = []
+    for block in (1 << 20, size):
+        with mock.patch.object(readers, "_CHUNK", block):
+            reader = UnitReader(Unit(file=file, source="a", kind="lines", compression="none", start=0, end=-1))
+            found.append((list(reader), {note.code: note for note in reader.notes}, reader.lines))
+    assert found[0] == found[1]
+    returns = data.count(b"\r\n")
+    assert ("crlf" in found[0][1]) == (returns > 0)
+    if returns:
+        assert found[0][1]["crlf"].message.startswith(f"{returns} line")
 
 
 def test_fingerprints_of_ranges_change_with_their_own_lines_alone(tmp_path, monkeypatch):

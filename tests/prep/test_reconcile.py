@@ -221,6 +221,30 @@ def test_no_tools_may_be_said_in_many_ways(tools):
     assert reconcile({**SHAPES["messages"]("q", "a"), "tools": tools}).conversation.tools == ()
 
 
+@pytest.mark.parametrize(
+    "nothing", [None, [], "", {}, {"bytes": None, "path": None}, [None], False], ids=lambda nothing: json.dumps(nothing)
+)
+def test_no_picture_may_be_said_in_many_ways(nothing):
+    record = SHAPES["messages"]("q", "a")
+    record["messages"][0]["images"] = nothing
+    assert turns({**record, "image": nothing}) == [("user", "q"), ("assistant", "a")]
+
+
+def test_calls_and_results_may_be_turns_of_their_own_among_messages():
+    call = '{"name": "f", "arguments": {}}'
+    record = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "tool_call", "content": call},
+            {"role": "tool_response", "content": "42"},
+            {"role": "assistant", "content": "a"},
+        ]
+    }
+    _, called, result, _ = reconcile(record).conversation.messages
+    assert called.tool_calls == (ToolCall(name="f", arguments="{}", verbatim=call),)
+    assert (called.role, result.role, result.content) == ("assistant", "tool", "42")
+
+
 def test_names_and_call_ids_are_kept():
     record = {
         "messages": [
@@ -314,6 +338,16 @@ BAD = {
         "$.messages[0].content[0]",
     ),
     "images beside the messages": ({"messages": M, "images": ["cat.png"]}, "media_part", "$.images"),
+    "images in a message": (
+        {"messages": [{**M[0], "images": ["cat.png"]}, M[1]]},
+        "media_part",
+        "$.messages[0].images",
+    ),
+    "a reply that is spoken": (
+        {"messages": [M[0], {**M[1], "audio": {"id": "x"}}]},
+        "media_part",
+        "$.messages[1].audio",
+    ),
     "a name of a number": (
         {"messages": [{"role": "user", "content": "x", "name": 7}]},
         "content_type",
