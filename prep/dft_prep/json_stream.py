@@ -6,8 +6,8 @@ when that is not enough: memory follows the largest element, and time stays line
 only the beginning is kept; the window then passes over the rest of it.
 
 An element that is broken inside keeps its damage to itself where its brackets still balance. Where they cannot (a
-string that runs into a newline, a closing bracket that nothing opened), the next line that begins as the broken
-element's first line did is taken for the next element.
+string that runs into a newline, a bracket that nothing opened or nothing closes), what begins as the broken element
+did, on a line of its own if that did, is taken for the next element.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _QUOTE, _BACKSLASH, _NEWLINE = b'"\\\n'
 _CHUNK = 1 << 18
 _LINE_LOOKBACK = 256
 """Bytes. A line that is indented further is not taken for an element's first."""
+_LONGEST_START = 2 * _LINE_LOOKBACK
+"""Bytes of what stands between two elements, and of the key that the second begins with, at the most."""
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -100,10 +102,12 @@ class _Splitter:
         self._array = False
         self._data = b""
         self._base = 0  # offset of _data in the stream
+        self._from_line_start = True  # the window begins where a line does
         self._start = 0  # of the current value; positions are within _data
         self._at = 0
         self._line, self._column, self._counted = 1, 1, 0  # of the byte at _counted
         self._damage_seen = False
+        self._distrust = False  # an element went on to the stream's end: brackets may take others with them
         self._misses = 0  # wrong guesses at an element's end
         self._closed = False  # the array's end was found in a damaged stretch
 
@@ -152,6 +156,8 @@ class _Splitter:
         """The element that begins here; `_at` is then behind it."""
         if self._misses < _MISSES_ALLOWED and (guessed := self._guessed()) is not None:
             return guessed
+        if self._distrust and (damaged := self._up_to_the_next()) is not None:
+            return damaged
         stack, in_string = bytearray(), False
         while True:
             data = self._data
@@ -160,10 +166,16 @@ class _Splitter:
             else:
                 at = self._at = (_INSIDE if stack else _TOP).match(data, self._at).end()  # type: ignore[union-attr]
             if at == len(data) or (byte := data[at]) == _BACKSLASH:
-                if not self._grow():
-                    self._at = len(self._data)
-                    return self._made(cut=bool(stack) or in_string)
-                continue
+                large = len(data) - self._start > self._largest
+                if large and (damaged := self._up_to_the_next()) is not None:
+                    return damaged
+                if self._grow():
+                    continue
+                unfinished = bool(stack) or in_string
+                if unfinished and (damaged := self._up_to_the_next()) is not None:
+                    return damaged
+                self._at = len(self._data)
+                return self._made(cut=unfinished)
             if in_string and byte == _NEWLINE:
                 return self._damaged()
             if byte == _QUOTE:
@@ -211,12 +223,27 @@ class _Splitter:
     def _damaged(self) -> Piece:
         """Pass over an element whose brackets cannot be trusted, to the next line that begins as it does."""
         self._damage_seen = True
-        next_start = self._next_start()
+        if (damaged := self._up_to_the_next(self._at)) is not None:
+            return damaged
+        next_start = re.compile(self._next_start(rb"\{"))
         while (found := next_start.search(self._data, self._at)) is None:
-            newline = self._data.rfind(b"\n", max(self._at, len(self._data) - _LINE_LOOKBACK))
-            self._at = newline if newline >= 0 else len(self._data)
+            self._at = max(self._at, len(self._data) - _LONGEST_START)
             if not self._grow():
                 return self._damaged_to_the_end()
+        self._at = found.start()
+        damaged = self._made(without=_WHITE + b",")
+        self._at = found.end()
+        return damaged
+
+    def _up_to_the_next(self, before: int | None = None) -> Piece | None:
+        """The element as far as the next that begins as it does, key and all, if one does (before `before`)."""
+        head = _HEAD.match(self._data, self._start)
+        if self._large is not None or head is None:
+            return None
+        found = re.compile(self._next_start(re.escape(head[0]))).search(self._data, self._start)
+        if found is None or (before is not None and found.start() >= before):
+            return None
+        self._damage_seen = self._distrust = True
         self._at = found.start()
         damaged = self._made(without=_WHITE + b",")
         self._at = found.end()
@@ -230,12 +257,16 @@ class _Splitter:
         self._at = len(self._data)
         return damaged
 
-    def _next_start(self) -> re.Pattern[bytes]:
+    def _next_start(self, begin: bytes) -> bytes:
+        """A pattern of what stands between the current element and one that begins with the pattern `begin`."""
         line_start = self._line_start() if self._large is None else None
         indent = self._data[line_start : self._start] if line_start is not None else None
-        if indent is None or indent.strip(b" \t"):
-            return re.compile(rb"\n[ \t]{0,%d}(?=\{)" % _LINE_LOOKBACK)
-        return re.compile(rb"\n" + re.escape(indent) + rb"(?=\{)")
+        if indent is not None and not indent.strip(b" \t"):
+            return rb"\n%b(?=%b)" % (indent, begin)
+        pattern = rb"\n[ \t]{0,%d}(?=%b)" % (_LINE_LOOKBACK, begin)
+        if head := _HEAD.match(self._data, self._start):
+            pattern += rb"|(?<=\})[ \t]{0,9},[ \t]{0,9}(?=%b)" % re.escape(head[0])
+        return pattern
 
     # -- the window ----------------------------------------------------------------------------------------------
 
@@ -264,6 +295,8 @@ class _Splitter:
         while got < wanted and (chunk := next(self._chunks, None)) is not None:
             pieces.append(chunk)
             got += len(chunk)
+        if drop > 0:
+            self._from_line_start = self._data[drop - 1] == _NEWLINE
         self._data = b"".join(pieces)
         self._base += drop
         self._start, self._at, self._counted = self._start - drop, self._at - drop, self._counted - drop
@@ -283,7 +316,7 @@ class _Splitter:
         """Where the line of the current element begins, if that is near and in the window."""
         lowest = max(0, self._start - _LINE_LOOKBACK)
         newline = self._data.rfind(b"\n", lowest, self._start)
-        if newline < 0 and (lowest > 0 or self._base > 0):
+        if newline < 0 and (lowest > 0 or not self._from_line_start):
             return None
         return newline + 1
 

@@ -109,6 +109,38 @@ def test_a_broken_element_leaves_its_neighbours_alone(broken, place, size):
     check_places(data, pieces)
 
 
+UNCLOSED = {
+    "an end": b'{"messages": [{"role": "user"}',
+    "a bracket and an end": b'{"messages": [{"role": "user"',
+    "a brace of a field": b'{"messages": [{"role": "user"}], "meta": {}',
+    "everything": b'{"messages": [{',
+    "a bracket too many": b'{"messages": [{"role": "user"}]]}',
+    "a hundred thousand brackets": b'{"messages": ' + b"[" * 100_000 + b"}",
+}
+BETWEEN = {"lines": (b"[\n  ", b",\n  ", b"\n]\n"), "flush lines": (b"[", b",\n", b"]"), "a line": (b"[", b", ", b"]")}
+
+
+@pytest.mark.parametrize("size", [7, 1 << 20])
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("name", UNCLOSED)
+def test_an_element_that_nothing_closes_leaves_its_neighbours_alone(name, between, size):
+    begin, separator, end = BETWEEN[between]
+    broken = UNCLOSED[name] + (b"}" if between == "a line" else b"")
+    if len(broken) > 1000 and size < 1000:
+        broken = broken.replace(b"[" * 99_000, b"")
+    elements = [GOOD, broken, GOOD, GOOD, broken, GOOD]
+    pieces = split(begin + separator.join(elements) + end, "array", size)
+    assert [piece.data for piece in pieces] == elements
+    assert not any(piece.cut or piece.problem for piece in pieces)
+
+
+def test_elements_that_nothing_closes_are_found_in_linear_time():
+    broken = UNCLOSED["an end"] + b" " * 2000
+    pieces = split(b"[" + b",\n".join([broken, GOOD] * 5000) + b"]", "array", 1 << 16)
+    assert sum(piece.data == GOOD for piece in pieces) == 5000
+    assert len(pieces) == 10_000
+
+
 @pytest.mark.parametrize("broken", ["a comma too many", "an open bracket", "an open brace", "a brace too many"])
 def test_even_on_one_line_where_brackets_can_be_told(broken):
     pieces = split(b"[" + b", ".join([GOOD, BROKEN[broken], GOOD]) + b"]", "array", 11)

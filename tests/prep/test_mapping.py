@@ -105,7 +105,8 @@ def test_the_fields_of_a_mapped_source_are_reported_as_its_author_wrote_them():
         "x.turns[].at": None,
         "id": None,
     }
-    assert {finding.path for finding in judge.unused.values()} == {"$.x.turns[].at", "$.id"}
+    found = {(finding.code, finding.path) for finding in judge.unused.values()}
+    assert found == {("unused_field", "$.x.turns[].at"), ("unused_field", "$.id")}
     twice = judge(RawRecord(data=line.replace(b'"id"', b'"system":"s","system"'), line=2, byte_offset=0))
     assert isinstance(twice, Finding)
     assert twice.code == "duplicate_key_in_message", "a field that is not mapped may be read all the same"

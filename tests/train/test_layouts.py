@@ -104,7 +104,9 @@ def test_accumulation_changes_nothing(per_device, accumulation, reference, datas
     assert_same_run(tmp_path, reference, rel=2e-5, weights=2e-5)
 
 
-@pytest.mark.parametrize("zero", [False, True], ids=["ddp", "zero3"])
+@pytest.mark.parametrize(
+    "zero", [pytest.param(False, id="ddp", marks=pytest.mark.slow), pytest.param(True, id="zero3")]
+)
 def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3, launch, tmp_path):
     more = ("--deepspeed", zero3_float32, "--torch_dtype", "float32") if zero else ()
     launch(

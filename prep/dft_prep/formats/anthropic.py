@@ -47,7 +47,7 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
         if not all(map(_is_result, blocks)):
             # An empty text for each result, so that the others keep their places.
             others = ["" if _is_result(block) else block for block in blocks]
-            read_message({**item, "content": others}, "messages", number, turns, written=item)
+            read_message({**item, "content": others}, "messages", number, turns)
 
 
 def _is_result(block: Any) -> bool:

@@ -32,10 +32,8 @@ def _evidence(record: Mapping[str, Any]) -> bool:
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     for number, item in enumerate(listed(record.get("messages"), "messages")):
         if _is_result(item):
-            text = compact_json(item["content"], f"$.messages[{number}].content")
-            read_message({**item, "content": text}, "messages", number, turns, written=item)
-        else:
-            read_message(item, "messages", number, turns)
+            item = {**item, "content": compact_json(item["content"], f"$.messages[{number}].content")}
+        read_message(item, "messages", number, turns)
 
 
 MISTRAL = Format(

@@ -62,7 +62,7 @@ class Turns:
 
     def add(self, message: Message, key: str, index: int, item: Mapping[str, Any]) -> None:
         """key: the field it stands in; index: its place in that list, or -1 where the field is no list; item: its
-        object, as the author wrote it."""
+        object, whose keys and parts stand where its author wrote them."""
         self.messages.append(message)
         self._origins.append((key, index, item))
 
@@ -123,10 +123,8 @@ def read_messages(value: Any, key: str, turns: Turns, *, sharegpt: bool = False)
         read_message(item, key, number, turns, sharegpt=sharegpt)
 
 
-def read_message(
-    item: Any, key: str, number: int, turns: Turns, *, sharegpt: bool = False, written: Mapping[str, Any] | None = None
-) -> None:
-    """Add a message. number: its place in the list, or -1; written: as its author wrote it, where that differs."""
+def read_message(item: Any, key: str, number: int, turns: Turns, *, sharegpt: bool = False) -> None:
+    """Add a message. number: its place in the list, or -1 where the field is the message."""
     path = f"$.{key}[{number}]" if number >= 0 else f"$.{key}"
     if not isinstance(item, dict):
         raise RecordError("content_type", path, f"got {type_name(item)}, expected a message", "write it as an object")
@@ -135,7 +133,7 @@ def read_message(
     known = SHAREGPT_ROLES if sharegpt or "from" in item else OPENAI_ROLES
     role = to_role(item.get(speaker), turns.known(known), f"{path}.{speaker}")
     content = _content(item, item.get(speaker), path, said)
-    turns.add(_made_message(role, content, item, path, said), key, number, item if written is None else written)
+    turns.add(_made_message(role, content, item, path, said), key, number, item)
 
 
 def _made_message(role: str, content: Content, item: Mapping[str, Any], path: str, said: str) -> Message:
