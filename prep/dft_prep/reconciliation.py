@@ -67,7 +67,7 @@ def reading_lines(sources: Sequence[SourceFields]) -> list[str]:
     for (formats, mapped), found in alike.items():
         total = sum(number for source in found for number in source.formats.values())
         lines.append(f"  {_names(found)} {formats} of {total:,} records{mapped}")
-    return lines + [f"  sources disagree: {clause}" for clause in disagreements(sources)]
+    return lines + [f"  types differ: {clause}" for clause in disagreements(sources)]
 
 
 def _names(sources: Sequence[SourceFields]) -> str:
