@@ -22,6 +22,26 @@ _UNFINISHED = re.compile(r"[ \t\r\n]*(?:t(?:ru?)?|f(?:a(?:ls?)?)?|n(?:ul?)?|-|\.
 """What parsers stop at where a text ends early: nothing, or the beginning of a literal, of a number's part, of \\u."""
 
 
+_DEEPEST = 500
+"""Levels. Decoders stop somewhere between 800 and 1,000, by how deep their caller stands; this limit stays the same."""
+_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|([\[{])|[\]}]', re.DOTALL)
+
+
+def is_too_deep(data: bytes) -> bool:
+    """Whether a text opens more brackets inside one another than are read."""
+    if data.count(b"[") + data.count(b"{") <= _DEEPEST:
+        return False
+    depth = 0
+    for found in _BRACKET.finditer(data):
+        if found[1]:
+            depth += 1
+            if depth > _DEEPEST:
+                return True
+        elif found[0] in (b"]", b"}"):
+            depth -= 1
+    return False
+
+
 class Illegal(Exception):
     """Not JSON: code, message, characters before the place, and what to do."""
 

@@ -17,6 +17,7 @@ from dft_common.records import Conversation, Message
 from dft_prep.converters import CALL_ROLES, SHAREGPT_ROLES
 from dft_prep.fields import Signature
 from dft_prep.formats import KNOWN_FIELDS
+from dft_prep.illegal import is_too_deep
 from dft_prep.repeats import quotes_of
 from dft_prep.rules import find_escape
 
@@ -88,6 +89,8 @@ class PlainReader:
             record = self._decode(data)
             quotes, types = self._quotes, ()
             if self._names:
+                if is_too_deep(data):
+                    return self._missed()
                 unused = msgspec.structs.astuple(record)[1:]
                 quotes += sum(map(quotes_of, unused))
                 types = tuple(map(type, unused))

@@ -18,7 +18,7 @@ from dft_common.records import Conversation, Finding
 from dft_prep.codes import CODES, Severity
 from dft_prep.converters import RecordError, quoted
 from dft_prep.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_read, short_name, target_of
-from dft_prep.illegal import Illegal, by_the_standard
+from dft_prep.illegal import Illegal, by_the_standard, is_too_deep
 from dft_prep.plain import PlainReader
 from dft_prep.readers import RawRecord
 from dft_prep.reading import AS_FOUND, Reading, written_path
@@ -65,6 +65,8 @@ class Judge:
 
     def _ordinarily(self, raw: RawRecord) -> Judged | Finding:
         """Judge a record that is not of the plain kind, or the first of its kind."""
+        if isinstance(raw.data, bytes) and is_too_deep(raw.data):
+            return record_finding(raw, self.shown, "too_deep", "$", "nested too deep")
         exact = True
         try:
             value = raw.data if isinstance(raw.data, dict) else _decode(raw.data)

@@ -139,3 +139,18 @@ def test_a_key_that_stands_twice_is_never_overlooked(field, code):
     judged = judge(RawRecord(line=2, byte_offset=9, data=(first[:-1] + f", {field}}}").encode()))
     found = [judged] if isinstance(judged, Finding) else judged.notes
     assert [finding.code for finding in found] == [code]
+
+
+@pytest.mark.parametrize(("levels", "good"), [(490, True), (520, False), (850, False), (1200, False)])
+def test_how_deep_is_too_deep_does_not_depend_on_the_way_or_the_caller(levels, good):
+    def judged(judge: Judge, text: str, frames: int):
+        return judged(judge, text, frames - 1) if frames else judge(RawRecord(1, 0, text.encode()))
+
+    deep = json.dumps(PLAIN)[:-1] + ', "meta": ' + "[" * levels + "]" * levels + "}"
+    for frames in (0, 200):
+        quick = Judge("a.jsonl")
+        quick(RawRecord(1, 0, json.dumps({**PLAIN, "meta": 1}).encode()))
+        for judge in (quick, ordinary()):
+            found = judged(judge, deep, frames)
+            assert isinstance(found, Judged) == good
+            assert good or found.code == "too_deep"
