@@ -166,8 +166,7 @@ class _Splitter:
             else:
                 at = self._at = (_INSIDE if stack else _TOP).match(data, self._at).end()  # type: ignore[union-attr]
             if at == len(data) or (byte := data[at]) == _BACKSLASH:
-                large = len(data) - self._start > self._largest
-                if large and (damaged := self._up_to_the_next()) is not None:
+                if self._too_large() and (damaged := self._up_to_the_next()) is not None:
                     return damaged
                 if self._grow():
                     continue
@@ -284,7 +283,7 @@ class _Splitter:
 
         What is in the window from `_start` on belongs to the current value, and is passed over up to `_at`.
         """
-        if len(self._data) - self._start > self._largest or self._large is not None:
+        if self._too_large() or self._large is not None:
             self._let_go()
         drop = self._line_start() if self._large is None else None
         drop = self._start if drop is None else drop
@@ -301,6 +300,13 @@ class _Splitter:
         self._base += drop
         self._start, self._at, self._counted = self._start - drop, self._at - drop, self._counted - drop
         return got > 0
+
+    def _too_large(self) -> bool:
+        """Whether the window holds more of the current value than may be held. White space behind it is not its own,
+        but is not held without end either."""
+        size = len(self._data) - self._start
+        beyond = self._start + self._largest
+        return size > 2 * self._largest or (size > self._largest and bool(self._data[beyond:].strip(_WHITE)))
 
     def _let_go(self) -> None:
         """Keep only the beginning of the current value, which is too large to be held, and leave it behind."""

@@ -6,7 +6,7 @@ from unittest import mock
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dft_prep import json_stream
@@ -185,11 +185,26 @@ def shortened(piece: Piece, largest: int) -> Piece:
     return piece if piece.size <= largest else msgspec.structs.replace(piece, data=piece.data[:KEPT])
 
 
+def begins_like_what_is_inside(value: dict) -> bool:
+    """Whether an object within `value` begins with the key that `value` begins with."""
+
+    def heads(inner: object) -> list[str]:
+        if isinstance(inner, list):
+            return [head for item in inner for head in heads(item)]
+        if isinstance(inner, dict):
+            return [*list(inner)[:1], *heads(list(inner.values()))]
+        return []
+
+    return any(head == next(iter(value)) for head in heads(list(value.values())))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(OBJECTS, max_size=4), INDENTS, st.booleans(), st.integers(1, 30), st.integers(KEPT, 60))
 @example([{"a": "é\\" * 30}, {"b": "x" * 90}], None, False, 1, 10)
 @example([{"a": "x" * 90}, {}], 1, True, 3, 40)
 def test_only_elements_that_are_too_large_are_shortened(values, indent, ascii_only, size, largest):
+    # Too large to be parsed, such a value may be taken for one that broke, and what begins inside for the next.
+    assume(not any(begins_like_what_is_inside(value) for value in values))
     text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
     objects = "\n".join(json.dumps(value, indent=indent, ensure_ascii=ascii_only) for value in values)
     for kind, data in (("array", text.encode()), ("object", objects.encode())):

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from train import handmade
+from train.rank_server import RankServer
 
 BIN = Path(sys.executable).parent
 
@@ -77,6 +78,14 @@ def train_here(monkeypatch, capfd) -> Callable[..., tuple[int, str]]:
         return code, error
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankServer]:
+    """Run `dft-train` as ranks of a run, quickly: `ranks(2, flags...)`; see `rank_server`."""
+    server = RankServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

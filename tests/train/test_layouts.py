@@ -107,10 +107,10 @@ def test_accumulation_changes_nothing(per_device, accumulation, reference, datas
 @pytest.mark.parametrize(
     "zero", [pytest.param(False, id="ddp", marks=pytest.mark.slow), pytest.param(True, id="zero3")]
 )
-def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3, launch, tmp_path):
+def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3, ranks, tmp_path):
     more = ("--deepspeed", zero3_float32, "--torch_dtype", "float32") if zero else ()
-    launch(
-        "torchrun", 2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path,
+    ranks(
+        2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path,
         "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_steps", 5, *FLAGS, *more,
     )  # fmt: skip
     assert_same_run(tmp_path, reference, rel=1e-4, weights=1e-4)
@@ -118,8 +118,8 @@ def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3
         resumed = tmp_path / "resumed"
         resumed.mkdir()
         shutil.copytree(tmp_path / "checkpoint-5", resumed / "checkpoint-5")
-        launch(
-            "torchrun", 2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", resumed,
+        ranks(
+            2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", resumed,
             "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_strategy", "no",
             *FLAGS, *more, "--resume_from_checkpoint", "True",
         )  # fmt: skip
