@@ -9,6 +9,7 @@ options, counts and checksum.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -106,11 +107,16 @@ class PackIndex:
         """[packs] int64: trained labels of each pack."""
         return self._sums([batch.column("lives").values.to_numpy() for batch in self.batches])
 
-    def token_counts(self) -> np.ndarray:
-        """[packs] int64: tokens of each pack."""
+    def sum_over_slices(self, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """[packs] int64: the sum over each pack's slices of `value`, a function of their lengths in tokens
+        ([slices] int64 -> [slices] int64)."""
         ends = [batch.column("ends").values.to_numpy() for batch in self.batches]
         starts = [batch.column("starts").values.to_numpy() for batch in self.batches]
-        return self._sums([end.astype(np.int64) - start for end, start in zip(ends, starts, strict=True)])
+        return self._sums([value(end.astype(np.int64) - start) for end, start in zip(ends, starts, strict=True)])
+
+    def token_counts(self) -> np.ndarray:
+        """[packs] int64: tokens of each pack."""
+        return self.sum_over_slices(lambda lengths: lengths)
 
 
 def list_pack_indexes(dataset_dir: Path, split: str) -> list[PackIndexInfo]:
@@ -141,25 +147,33 @@ def check_pack_index(dataset_dir: Path, info: PackIndexInfo, dataset_fingerprint
         raise DataError(f"{path}: the pack index is damaged (its checksum differs)", remedy=remedy)
 
 
-def choose_pack_index(dataset_dir: Path, split: str, max_length: int, recipe: dict, fingerprint: str) -> PackIndexInfo:
+def _describe(info: PackIndexInfo) -> str:
+    return str(info.max_length) if info.packing else f"{info.max_length} without packing"
+
+
+def choose_pack_index(
+    dataset_dir: Path, split: str, max_length: int, recipe: dict, fingerprint: str, packing: bool | None = None
+) -> PackIndexInfo:
     """The index of `split` for `max_length`: the only one, or the one with the build's own other options.
 
-    Checked (`check_pack_index`) before it is returned. Raises DataError, with the command that makes
-    one, where there is none.
+    With `packing` one that packs, or one that does not. Checked (`check_pack_index`) before it is returned. Raises
+    DataError, with the command that makes one, where there is none.
     """
     infos = list_pack_indexes(dataset_dir, split)
-    fitting = [info for info in infos if info.max_length == max_length]
+    fitting = [info for info in infos if info.max_length == max_length and packing in (None, info.packing)]
     if not fitting:
-        have = ", ".join(sorted({str(info.max_length) for info in infos})) or "none"
+        have = ", ".join(sorted(map(_describe, infos))) or "none"
+        flags = f"--max_length {max_length}" + ("" if packing is None else f" --packing {packing}")
         raise DataError(
-            f"{dataset_dir}: no pack index of the {split} split for --max_length {max_length} (there is: {have})",
-            remedy=f"run `dft-prep pack {dataset_dir} --max_length {max_length}` (seconds; tokenizes nothing)",
+            f"{dataset_dir}: no pack index of the {split} split for {flags} (there is: {have})",
+            remedy=f"run `dft-prep pack {dataset_dir} {flags}` (seconds; tokenizes nothing)",
         )
     if len(fitting) > 1:
+        wanted = {**recipe, "packing": recipe.get("packing") if packing is None else packing}
         own = [
             info
             for info in fitting
-            if all(getattr(info, option) == recipe.get(option) for option in ("overlong", "packing", "seed"))
+            if all(getattr(info, option) == wanted.get(option) for option in ("overlong", "packing", "seed"))
         ]
         fitting = own or fitting
     if len(fitting) > 1:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dft_common.manifest import read_manifest
 from dft_common.packs import PackIndex
 from dft_common.reader import Row
 from dft_train.collate import EMPTY_TOKENS, FLASH, collate
@@ -53,6 +54,15 @@ def test_no_packs_are_a_short_sequence_without_labels():
     assert (batch.labels == -100).all() and batch.tokens == 0 and batch.num_valid_tokens == 9
 
 
+def test_a_batch_knows_its_packs_and_its_step(dataset):
+    split = PackedSplit(dataset, read_manifest(dataset), "train", 64, "sdpa")
+    batch = split[MicroBatch((3, 0), 7, 500)]
+    assert batch.pack_tokens == (split.tokens[3], split.tokens[0]) and batch.step_tokens == 500
+    assert batch.tokens == sum(batch.pack_tokens) == batch.inputs["input_ids"].shape[1]
+    empty = split[MicroBatch((), 7, 500)]
+    assert empty.pack_tokens == () and empty.step_tokens == 500
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_no_label_crosses_a_border(masks):
@@ -66,8 +76,6 @@ def test_no_label_crosses_a_border(masks):
 
 
 def test_labels_of_the_dataset_are_as_many_as_its_index_says(dataset):
-    from dft_common.manifest import read_manifest
-
     split = PackedSplit(dataset, read_manifest(dataset), "train", 64, "sdpa")
     assert isinstance(split.index, PackIndex) and len(split) > 10
     for pack in range(len(split)):

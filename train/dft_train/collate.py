@@ -29,24 +29,38 @@ EMPTY_TOKENS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One micro-batch. `tokens` counts those of its packs: 0 for the dummy sequence."""
+    """One micro-batch."""
 
     inputs: dict[str, Tensor | int]
     """What the model takes: input_ids and position_ids, [1, tokens] int64; for flash attention also its borders."""
     labels: Tensor
     """[1, tokens] int64, not shifted, IGNORE_INDEX where dead."""
+    live: Tensor
+    """[live] int64: the places of the live labels, found here, where that waits for no device."""
     loss_weights: Tensor | None
     """[1, tokens] float32, or None where every live label counts 1."""
     source_ids: Tensor
     """[1, tokens] int64: the number of each token's source, in the manifest's order."""
     num_valid_tokens: int
-    tokens: int
+    """Of the whole optimizer step, over all ranks and micro-batches."""
+    pack_tokens: tuple[int, ...]
+    """Tokens of each pack, in order; they add up to `tokens`."""
+    step_tokens: int
+    """Of the whole optimizer step, trained or not."""
+    packs: tuple[int, ...] = ()
+    """Numbers of the packs; none in the dummy sequence."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the packs: 0 for the dummy sequence."""
+        return sum(self.pack_tokens)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return dataclasses.replace(
             self,
             inputs={name: change(value) if isinstance(value, Tensor) else value for name, value in self.inputs.items()},
             labels=change(self.labels),
+            live=change(self.live),
             loss_weights=None if self.loss_weights is None else change(self.loss_weights),
             source_ids=change(self.source_ids),
         )
@@ -91,28 +105,47 @@ def _weights(rows: Sequence[Row]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(ones).astype(np.float32))[None]
 
 
-def _empty(num_valid_tokens: int, attention: str) -> Batch:
+def _empty(num_valid_tokens: int, step_tokens: int, attention: str) -> Batch:
     zeros = torch.zeros((1, EMPTY_TOKENS), dtype=torch.int64)
     return Batch(
         inputs=sequence_inputs([EMPTY_TOKENS], np.zeros(EMPTY_TOKENS, np.int64), attention),
         labels=torch.full_like(zeros, IGNORE_INDEX),
+        live=zeros[0, :0],
         loss_weights=None,
         source_ids=zeros,
         num_valid_tokens=num_valid_tokens,
-        tokens=0,
+        pack_tokens=(),
+        step_tokens=step_tokens,
     )
 
 
-def collate(rows: Sequence[Row], sources: Sequence[int], num_valid_tokens: int, attention: str) -> Batch:
-    """One micro-batch of the slices `rows` (each with the number of its source in `sources`)."""
-    if not rows:
-        return _empty(num_valid_tokens, attention)
+def collate(
+    rows: Sequence[Row],
+    sources: Sequence[int],
+    num_valid_tokens: int,
+    attention: str,
+    *,
+    pack_tokens: Sequence[int] | None = None,
+    step_tokens: int | None = None,
+    packs: Sequence[int] = (),
+) -> Batch:
+    """One micro-batch of the slices `rows` (each with the number of its source in `sources`).
+
+    `pack_tokens` of the packs that they are from, by default one; `step_tokens` by default those of the micro-batch.
+    """
     lengths = [len(row.input_ids) for row in rows]
+    whole = sum(lengths) if step_tokens is None else step_tokens
+    if not rows:
+        return _empty(num_valid_tokens, whole, attention)
+    labels = np.concatenate([slice_labels(row) for row in rows])
     return Batch(
         inputs=sequence_inputs(lengths, np.concatenate([row.input_ids for row in rows]), attention),
-        labels=torch.from_numpy(np.concatenate([slice_labels(row) for row in rows]))[None],
+        labels=torch.from_numpy(labels)[None],
+        live=torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX)),
         loss_weights=_weights(rows),
         source_ids=torch.from_numpy(np.repeat(np.asarray(sources, np.int64), lengths))[None],
         num_valid_tokens=num_valid_tokens,
-        tokens=sum(lengths),
+        pack_tokens=(sum(lengths),) if pack_tokens is None else tuple(pack_tokens),
+        step_tokens=whole,
+        packs=tuple(packs),
     )

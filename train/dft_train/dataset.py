@@ -16,22 +16,36 @@ from dft_common.manifest import Manifest
 from dft_common.packs import PackIndex, PackIndexInfo, choose_pack_index
 from dft_common.reader import SplitReader
 from dft_train.collate import Batch, collate
+from dft_train.flops import attended_pairs
 from dft_train.sampler import Layout, MicroBatch, StepSampler
+from dft_train.signals import spare_worker
 
 
 class PackedSplit(Dataset[Batch]):
     """The packs of one split. `self[micro_batch]` is that micro-batch as tensors; `len` counts the packs."""
 
-    def __init__(self, dataset_dir: Path, manifest: Manifest, split: str, max_length: int, attention: str) -> None:
+    def __init__(
+        self,
+        dataset_dir: Path,
+        manifest: Manifest,
+        split: str,
+        max_length: int,
+        attention: str,
+        packing: bool | None = None,
+    ) -> None:
         self.name = split
         self.reader = SplitReader(dataset_dir, split, manifest)
-        self.index = _open_index(dataset_dir, manifest, split, max_length)
+        self.index = _open_index(dataset_dir, manifest, split, max_length, packing)
         self.sources = tuple(source.name for source in manifest.sources)
         self._source_ids = {name: number for number, name in enumerate(self.sources)}
         self._attention = attention
         self.blocks = self.index.blocks()
         self.lives = self.index.live_counts()
         self.tokens = self.index.token_counts()
+
+    def pairs(self, window: int | None) -> np.ndarray:
+        """[packs] int64: pairs of tokens that see each other; `window` as in `flops.attended_pairs`."""
+        return self.index.sum_over_slices(lambda lengths: attended_pairs(lengths, window))
 
     @property
     def info(self) -> PackIndexInfo:
@@ -50,28 +64,51 @@ class PackedSplit(Dataset[Batch]):
                 f"{self.reader.directory}: a row is of source {error}, which the manifest does not list",
                 remedy="run `dft-prep verify` on the dataset, then build it again",
             ) from None
-        return collate(rows, sources, micro.num_valid_tokens, self._attention)
+        tokens = self.tokens[list(micro.packs)].tolist()
+        return collate(
+            rows,
+            sources,
+            micro.num_valid_tokens,
+            self._attention,
+            pack_tokens=tokens,
+            step_tokens=micro.step_tokens,
+            packs=micro.packs,
+        )
 
 
-def _open_index(dataset_dir: Path, manifest: Manifest, split: str, max_length: int) -> PackIndex:
-    info = choose_pack_index(dataset_dir, split, max_length, manifest.recipe, manifest.fingerprint)
+def _open_index(dataset_dir: Path, manifest: Manifest, split: str, max_length: int, packing: bool | None) -> PackIndex:
+    info = choose_pack_index(dataset_dir, split, max_length, manifest.recipe, manifest.fingerprint, packing)
     return PackIndex(dataset_dir, info)
 
 
-def tokens_before(split: PackedSplit, sampler: StepSampler, step: int) -> int:
-    """Tokens in the packs of optimizer steps [0, step), over all epochs: known from the index alone."""
+def sum_before(values: np.ndarray, sampler: StepSampler, step: int) -> float:
+    """The sum of `values` [packs] over the packs of optimizer steps [0, step), all epochs: known from the index
+    alone. Exact where it is a whole number below 2^53, as numbers of tokens are."""
     epochs, steps = divmod(step, sampler.steps_per_epoch)
     packs = sampler.order(epochs)[: steps * sampler.layout.global_batch]
-    return epochs * int(split.tokens.sum()) + int(split.tokens[packs].sum())
+    return epochs * float(values.sum()) + float(values[packs].sum())
 
 
-def train_sampler(split: PackedSplit, layout: Layout, seed: int) -> StepSampler:
-    return StepSampler(split.blocks, split.lives, layout, index_seed=split.info.seed, seed=seed)
+def _sampler(split: PackedSplit, layout: Layout, seed: int | None, costs: np.ndarray | None) -> StepSampler:
+    return StepSampler(
+        split.blocks,
+        split.lives,
+        layout,
+        tokens=split.tokens,
+        costs=split.tokens if costs is None else costs,
+        index_seed=split.info.seed,
+        seed=seed,
+    )
 
 
-def eval_sampler(split: PackedSplit, layout: Layout) -> StepSampler:
-    """Every pack once, in the index's order."""
-    return StepSampler(split.blocks, split.lives, layout, index_seed=split.info.seed, seed=None)
+def train_sampler(split: PackedSplit, layout: Layout, seed: int, costs: np.ndarray | None = None) -> StepSampler:
+    """`costs` [packs] float64: `flops.pack_flops` where the model is known, else the tokens."""
+    return _sampler(split, layout, seed, costs)
+
+
+def eval_sampler(split: PackedSplit, layout: Layout, costs: np.ndarray | None = None) -> StepSampler:
+    """Every pack once; steps take them in the index's order."""
+    return _sampler(split, layout, None, costs)
 
 
 def _only(batches: list[Batch]) -> Batch:
@@ -97,4 +134,5 @@ def make_loader(split: PackedSplit, sampler: StepSampler, *, workers: int, pin_m
         num_workers=workers,
         pin_memory=pin_memory and np.size(split.blocks) > 0,
         persistent_workers=False,
+        worker_init_fn=spare_worker,
     )
