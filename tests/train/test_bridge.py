@@ -83,30 +83,28 @@ def test_a_dead_rank_0_is_given_up(status):
         bridge._wait_for_build(status)
 
 
-def test_a_failing_build_ends_both_ranks_with_its_exit_code(launch, qwen3, tmp_path):
+@pytest.mark.slow
+def test_a_failing_build_ends_both_ranks_with_its_exit_code(ranks, qwen3, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n" * 40)
-    done = launch(
-        "deepspeed", 2, "--data_files", tmp_path / "bad.jsonl", "--model_name_or_path", qwen3, "--output_dir",
-        tmp_path / "run", check=None,
-    )  # fmt: skip
-    assert done.returncode == 1
+    flags = ("--data_files", tmp_path / "bad.jsonl", "--model_name_or_path", qwen3, "--output_dir", tmp_path / "run")
+    ranks(2, *flags, check=1)
     assert not list((tmp_path / "run").glob(".dft-build-*"))
 
 
-def test_files_become_a_dataset_and_a_run(launch, qwen3, tmp_path):
+def test_files_become_a_dataset_and_a_run(ranks, qwen3, tmp_path):
     lines = [
         {"messages": [{"role": "user", "content": f"{at}+1"}, {"role": "assistant", "content": str(at + 1)}]}
         for at in range(60)
     ]
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = launch(
-        "torchrun", 2, "--data_files", path, "--model_name_or_path", qwen3, "--output_dir", tmp_path / "run",
+    done = ranks(
+        2, "--data_files", path, "--model_name_or_path", qwen3, "--output_dir", tmp_path / "run",
         "--max_length", 128, "--validation_split_percentage", 20, "--preprocessing_num_workers", 1,
         "--num_train_epochs", 1, "--logging_steps", 1, "--eval_strategy", "epoch",
         "--per_device_train_batch_size", 1, "--save_strategy", "no",
     )  # fmt: skip
-    assert "building the dataset" in done.stderr
+    assert "building the dataset" in done[0].stderr
     assert (tmp_path / "run" / "dataset" / "manifest.json").is_file()
     assert not list((tmp_path / "run").glob(".dft-build-*"))
     evals = [line for line in handmade.read_state(tmp_path / "run")["log_history"] if "eval_loss" in line]

@@ -6,7 +6,8 @@ file in the run's directory, which all nodes must share, as they must share the 
 
 A status file that an earlier run left behind is never taken for this run's. Rank 0 touches its file every
 second while it lives, and a file that is not being touched is dead; and the file's name holds what is this
-launch's alone: the launcher's process and its start time on one node, its address and run id on several.
+launch's alone: what `ranks` or `slurm` made up for it; else the launcher's process and its start time on one node,
+its address and run id on several.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dft_common.fingerprint import hash_object
 from dft_common.flags import to_arguments
 from dft_common.manifest import encode_json, write_atomically
 from dft_train.arguments import Settings
+from dft_train.launch import LAUNCH_ID, local_world_size
 
 DATASET_NAME = "dataset"
 HEARTBEAT_SECONDS = 1.0
@@ -47,10 +49,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 def launch_key() -> str:
     """The same for all ranks of this launch, and for no other."""
+    if LAUNCH_ID in os.environ:
+        return hash_object(os.environ[LAUNCH_ID])[:12]
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     parts = [os.environ.get(name, "") for name in names]
-    world = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)) == world:
+    if local_world_size() == logs.rank_and_world_size()[1]:
         import psutil
 
         parent = psutil.Process(os.getppid())

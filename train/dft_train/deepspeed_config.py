@@ -1,7 +1,8 @@
 """A working copy of the user's DeepSpeed configuration: the file itself is never changed, nor meant otherwise.
 
 Called by `training_arguments`. Explicit precision flags win over the file's `bf16` and `fp16` sections, and
-16-bit weights are gathered when a model is saved. Every "auto" is left for transformers to fill.
+16-bit weights are gathered when a model is saved. Every "auto" is left for transformers to fill, and what a step
+needs and the file leaves out is "auto" too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dft_common.errors import SetupError
+
+_STEP = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
 
 class Precision(NamedTuple):
@@ -55,7 +58,7 @@ def choose_precision(training: Mapping[str, Any], dtype: str | None, config: Map
 
 def working_copy(config: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
     """The configuration that DeepSpeed gets."""
-    copy = json.loads(json.dumps(config))
+    copy = {**dict.fromkeys(_STEP, "auto"), **json.loads(json.dumps(config))}
     for section, enabled in zip(("bf16", "fp16"), precision, strict=True):
         if enabled or section in copy:
             copy[section] = {**copy.get(section, {}), "enabled": enabled}

@@ -5,15 +5,30 @@ Called by `trainer` before and after TrainingArguments exist. Without an acceler
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import socket
+import threading
+import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from dft_common import logs
+from dft_common.errors import SetupError, report_error
 
 NOISY = ("DeepSpeed", "deepspeed", "accelerate", "datasets", "torch.distributed", "torch.utils.cpp_extension")
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where a rank leaves its error for torchrun, which shows it as the root cause, and for `ranks`."""
+LAUNCH_ID = "DFT_LAUNCH_ID"
+"""What all ranks of this launch share and no other launch has; `ranks` and `slurm` set it."""
+EXIT_TERMINATED = 143
+MEET_SECONDS = 300.0
+"""From the first rank at the meeting to the last: what imports on a slow disk may take, and no hour."""
+ALONE_SECONDS = 3.0
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -58,10 +73,88 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def local_world_size() -> int:
+    """Ranks on this node; the DeepSpeed launcher has a name of its own for it."""
+    found = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE")
+    return int(found or 1)
+
+
+def check_devices() -> None:
+    """Raises SetupError where this node has more ranks than accelerators. Without any, ranks share the CPU."""
+    import torch
+
+    devices = torch.accelerator.device_count() if has_accelerator() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not devices or local_rank < devices:
+        return
+    ranks = local_world_size()
+    raise SetupError(
+        f"{ranks} ranks on a machine where rank {local_rank} sees {devices} GPU{'s' if devices > 1 else ''}",
+        remedy=f"start at most {devices} (--num_gpus, --nproc_per_node, --ntasks-per-node); where each process is "
+        "given one GPU (srun --gpus-per-task, --gpu-bind; CUDA_VISIBLE_DEVICES), let every process see all of them",
+    )
+
+
+def _give_up_meeting() -> None:
+    rank, world_size = logs.rank_and_world_size()
+    error = SetupError(
+        f"rank {rank}: after {MEET_SECONDS:.0f} s not all of the {world_size} ranks have come to "
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+        remedy="see the other ranks' messages: one has failed at its start, or cannot reach that address and port",
+    )
+    os._exit(report_error(error))
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around the opening of the process group: no waiting for ever for a rank that never comes. Raises SetupError."""
+    check_devices()
+    if logs.rank_and_world_size()[1] == 1:
+        yield
+        return
+    from torch.distributed import DistError
+
+    # A thread can end the process though its main thread waits in a library.
+    alarm = threading.Timer(MEET_SECONDS, _give_up_meeting)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    except DistError as error:
+        raise SetupError(
+            f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+            f"{str(error).splitlines()[0]}",
+            remedy="the address must be that of rank 0's machine, and the port free there and reachable",
+        ) from None
+    finally:
+        alarm.cancel()
+
+
+def report_to_launcher(message: str) -> None:
+    """Leave this rank's error where the launcher looks for it, if it does."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        data = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        try:
+            Path(path).write_text(json.dumps(data), "utf-8")
+        except OSError as error:
+            logs.get_logger().warning("%s: %s", path, error.strerror)
+
+
+def alone_with_it() -> bool:
+    """Whether this rank's launcher does not end it for another's error soon: then the others have not found the same.
+    Launchers that read ERROR_FILE show what is there."""
+    if ERROR_FILE in os.environ:
+        return False
+    time.sleep(ALONE_SECONDS)
+    return True
 
 
 def stand_alone_environment() -> None:
@@ -69,7 +162,7 @@ def stand_alone_environment() -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
     alone: dict[str, Any] = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
