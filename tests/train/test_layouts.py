@@ -1,16 +1,18 @@
-"""Ranks, accumulation, micro-batches and ZeRO never change what is trained; resuming never does either."""
+"""Ranks, accumulation, micro-batches and ZeRO never change what is trained."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
+from dft_common.manifest import read_manifest
+from dft_train.dataset import PackedSplit, train_sampler
+from dft_train.sampler import Layout as Deal
 from train import handmade
+from train.same_run import assert_same_run, assert_same_weights, history
 
 # 25 packs, 4 a step: 7 steps an epoch, the last one short; so this goes over into a second epoch.
 STEPS = 9
@@ -18,38 +20,17 @@ FLAGS = (
     "--max_steps", STEPS, "--logging_steps", 2, "--learning_rate", 3e-3, "--adam_epsilon", 1e-4,
     "--eval_strategy", "steps", "--eval_steps", 4, "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.2,
 )  # fmt: skip
-TIMES = ("tokens_per_second", "eval_tokens_per_second", "eval_runtime", "train_runtime")
-TIMES += ("train_samples_per_second", "train_steps_per_second", "total_flos")
-
-
-def history(run: Path) -> list[dict]:
-    return [
-        {name: value for name, value in line.items() if name not in TIMES}
-        for line in handmade.read_state(run)["log_history"]
-    ]
-
-
-def assert_same_run(run: Path, other: Path, *, rel: float, weights: float) -> None:
-    ours, theirs = history(run), history(other)
-    assert len(ours) == len(theirs) > STEPS // 2
-    for line, expected in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(expected, rel=rel, abs=1e-7)
-    mine, reference = load_file(run / "model.safetensors"), load_file(other / "model.safetensors")
-    assert set(mine) == set(reference)
-    for name, tensor in reference.items():
-        torch.testing.assert_close(
-            mine[name], tensor, rtol=weights, atol=weights, msg=lambda text, n=name: f"{n}: {text}"
-        )
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, dataset, qwen3) -> Path:
-    """One rank, a step's four packs in one micro-batch, checkpoints on the way."""
+    """One rank, a step's four packs in one micro-batch."""
     from dft_train.cli import main
 
     run = tmp_path_factory.mktemp("reference") / "run"
-    common = ("--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", run, "--save_steps", 3, *FLAGS)
-    assert main([str(a) for a in (*common, "--per_device_train_batch_size", 4)]) == 0
+    common = ("--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", run, *FLAGS)
+    once = ("--save_strategy", "no", "--per_device_train_batch_size", 4)
+    assert main([str(a) for a in (*common, *once)]) == 0
     return run
 
 
@@ -67,10 +48,6 @@ def test_the_logs_hold_every_metric_and_the_loss_falls(reference):
 
 def test_logged_numbers_are_sums_over_all_tokens_divided_once(reference, dataset, tmp_path, qwen3, train_here):
     """Logged every step and every two steps, the numbers fit only if no means of means are taken."""
-    from dft_common.manifest import read_manifest
-    from dft_train.dataset import PackedSplit, train_sampler
-    from dft_train.sampler import Layout
-
     code, _ = train_here(
         "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path, "--save_strategy", "no",
         *FLAGS, "--logging_steps", 1, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2,
@@ -79,7 +56,7 @@ def test_logged_numbers_are_sums_over_all_tokens_divided_once(reference, dataset
     each = {line["step"]: line for line in history(tmp_path) if "loss" in line}
     pairs = {line["step"]: line for line in history(reference) if "loss" in line}
     split = PackedSplit(dataset, read_manifest(dataset), "train", 64, "sdpa")
-    sampler = train_sampler(split, Layout(per_device=4, accumulation=1, world_size=1, rank=0), 42)
+    sampler = train_sampler(split, Deal(per_device=4, accumulation=1, world_size=1, rank=0), 42)
     lives = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -94,73 +71,98 @@ def test_logged_numbers_are_sums_over_all_tokens_divided_once(reference, dataset
     assert final["train_loss"] == pytest.approx(sum(line["loss"] for line in each.values()) / STEPS, rel=1e-5)
 
 
-@pytest.mark.parametrize(("per_device", "accumulation"), [(1, 4), (2, 2)])
-def test_accumulation_changes_nothing(per_device, accumulation, reference, dataset, qwen3, train_here, tmp_path):
-    code, _ = train_here(
-        "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path, "--save_strategy", "no",
-        "--per_device_train_batch_size", per_device, "--gradient_accumulation_steps", accumulation, *FLAGS,
-    )  # fmt: skip
-    assert code == 0
-    assert_same_run(tmp_path, reference, rel=2e-5, weights=2e-5)
+class Layout(NamedTuple):
+    """How the four packs of a step are computed. `zero`: DeepSpeed's stage, None without it."""
+
+    ranks: int
+    per_device: int
+    accumulation: int
+    zero: int | None = None
+    offload: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
-@pytest.mark.parametrize(
-    "zero", [pytest.param(False, id="ddp", marks=pytest.mark.slow), pytest.param(True, id="zero3")]
-)
-def test_two_ranks_change_nothing(zero, zero3_float32, reference, dataset, qwen3, ranks, tmp_path):
-    more = ("--deepspeed", zero3_float32, "--torch_dtype", "float32") if zero else ()
+OPTIMIZER, ALL = ("offload_optimizer",), ("offload_optimizer", "offload_param")
+DENSE = ("--fused_loss", "off")
+SLOW = pytest.mark.slow
+LAYOUTS = [
+    pytest.param(Layout(1, 2, 2), id="batch2-accumulate2"),
+    pytest.param(Layout(1, 4, 1, flags=DENSE), id="batch4-dense"),
+    pytest.param(Layout(2, 1, 2, zero=2), id="zero2"),
+    pytest.param(Layout(2, 1, 2, zero=3), id="zero3"),
+    pytest.param(Layout(2, 1, 2, zero=3, offload=ALL), id="zero3-offload"),
+    pytest.param(Layout(2, 1, 2), id="ranks2-accumulate2", marks=SLOW),
+    pytest.param(Layout(2, 2, 1), id="ranks2-batch2", marks=SLOW),
+    pytest.param(Layout(1, 1, 4, zero=3), id="zero3-alone", marks=SLOW),
+    pytest.param(Layout(2, 1, 2, zero=0), id="zero0", marks=SLOW),
+    pytest.param(Layout(2, 1, 2, zero=1), id="zero1", marks=SLOW),
+    pytest.param(Layout(1, 1, 4, zero=1, offload=OPTIMIZER), id="zero1-offload-alone", marks=SLOW),
+    pytest.param(Layout(2, 1, 2, zero=2, offload=OPTIMIZER), id="zero2-offload", marks=SLOW),
+    pytest.param(Layout(2, 1, 2, zero=3, offload=OPTIMIZER), id="zero3-offload-optimizer", marks=SLOW),
+    pytest.param(Layout(2, 1, 2, zero=3, flags=DENSE), id="zero3-dense", marks=SLOW),
+    pytest.param(Layout(4, 1, 1, zero=2), id="zero2-ranks4", marks=SLOW),
+    pytest.param(
+        Layout(2, 1, 2, zero=3, flags=("--enable_gradient_checkpointing", "True")), id="zero3-checkpointing", marks=SLOW
+    ),
+]
+
+
+def deepspeed_config(layout: Layout) -> dict[str, Any]:
+    """In float32, with nothing kept whole. torch's own optimizer on the CPU: DeepSpeed's would be compiled first."""
+    zero: dict[str, Any] = {"stage": layout.zero, "stage3_param_persistence_threshold": 0}
+    zero |= {part: {"device": "cpu"} for part in layout.offload}
+    return {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory, tokenizer) -> Path:
+    """14 packs: of 4 steps the last is short, so that a rank has no pack; and some packs have no trained token."""
+    rows = handmade.conversations(tokenizer, 17, weighted=True)
+    silent = handmade.chat(tokenizer, [("user", "say nothing at all to this, please")], "more")
+    rows[5:5] = [silent, silent]
+    data = handmade.write_dataset(tmp_path_factory.mktemp("uneven") / "data", rows, rows[:2])
+    split = PackedSplit(data, read_manifest(data), "train", 64, "sdpa")
+    assert 12 < len(split) < 15 and 0 in split.lives.tolist() and len(set(split.tokens.tolist())) > 3
+    return data
+
+
+SIX_STEPS = (
+    "--max_steps", 6, "--logging_steps", 1, "--learning_rate", 3e-3, "--adam_epsilon", 1e-4, "--weight_decay", 0.1,
+    "--max_grad_norm", 0.5, "--lr_scheduler_type", "cosine", "--save_strategy", "no", "--torch_dtype", "float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory, uneven, qwen3) -> Path:
+    """One rank, four micro-batches a step, without DeepSpeed."""
+    from dft_train.cli import main
+
+    run = tmp_path_factory.mktemp("accumulated") / "run"
+    words = ("--dataset_dir", uneven, "--model_name_or_path", qwen3, "--output_dir", run, *SIX_STEPS)
+    assert main([str(word) for word in (*words, "--gradient_accumulation_steps", 4)]) == 0
+    norms = [line["grad_norm"] for line in history(run) if "grad_norm" in line]
+    assert len(norms) == 6 and min(norms) > 0.5, "every gradient is to be clipped"
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_changes_what_is_trained(layout, accumulated, uneven, qwen3, ranks, tmp_path):
+    """Six steps, over the end of an epoch: losses, gradient norms and weights; and so that no micro-batch's gradient
+    is lost (DeepSpeed before 0.19 kept the first alone with CPU offload, #7967)."""
+    flags = [*layout.flags]
+    if layout.zero is not None:
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps(deepspeed_config(layout)))
+        flags += ["--deepspeed", path]
+    run = tmp_path / "run"
     ranks(
-        2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path,
-        "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_steps", 5, *FLAGS, *more,
+        layout.ranks, "--dataset_dir", uneven, "--model_name_or_path", qwen3, "--output_dir", run, *SIX_STEPS, *flags,
+        "--per_device_train_batch_size", layout.per_device, "--gradient_accumulation_steps", layout.accumulation,
     )  # fmt: skip
-    assert_same_run(tmp_path, reference, rel=1e-4, weights=1e-4)
-    if zero:
-        resumed = tmp_path / "resumed"
-        resumed.mkdir()
-        shutil.copytree(tmp_path / "checkpoint-5", resumed / "checkpoint-5")
-        ranks(
-            2, "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", resumed,
-            "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--save_strategy", "no",
-            *FLAGS, *more, "--resume_from_checkpoint", "True",
-        )  # fmt: skip
-        assert_same_resumed(resumed, tmp_path, rel=1e-6, weights=1e-6)
-
-
-def assert_same_resumed(run: Path, other: Path, *, rel: float, weights: float) -> None:
-    """`train_loss` is of the steps that this run did, as it is in transformers."""
-    for directory in (run, other):
-        path = directory / "trainer_state.json"
-        state = json.loads(path.read_text())
-        for line in state["log_history"]:
-            line.pop("train_loss", None)
-        path.write_text(json.dumps(state))
-    assert_same_run(run, other, rel=rel, weights=weights)
-
-
-@pytest.mark.parametrize("step", [3, 6], ids=["between-log-lines", "on-a-log-line"])
-def test_a_resumed_run_is_the_uninterrupted_one(step, reference, dataset, qwen3, train_here, tmp_path):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    shutil.copytree(reference, whole)
-    shutil.copytree(reference / f"checkpoint-{step}", run / f"checkpoint-{step}")
-    code, error = train_here(
-        "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", run, "--save_steps", 3, *FLAGS,
-        "--per_device_train_batch_size", 4, "--resume_from_checkpoint", "True",
-    )  # fmt: skip
-    assert code == 0 and f"going on from {run}/checkpoint-{step}" in error
-    assert_same_resumed(run, whole, rel=1e-9, weights=0)
-
-
-def test_resume_refuses_other_steps(reference, dataset, qwen3, train_here, tmp_path):
-    shutil.copytree(reference / "checkpoint-3", tmp_path / "checkpoint-3")
-    common = ("--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path, *FLAGS)
-    resume = ("--resume_from_checkpoint", tmp_path / "checkpoint-3")
-    code, error = train_here(*common, *resume, "--per_device_train_batch_size", 2)
-    assert code == 1 and "its global_batch is 4, this run's is 2" in error
-    code, error = train_here(*common, *resume, "--per_device_train_batch_size", 4, "--data_seed", 1)
-    assert code == 1 and "data_seed" in error
-    elsewhere = ("--resume_from_checkpoint", reference / "checkpoint-3")
-    code, error = train_here(*common, *elsewhere, "--per_device_train_batch_size", 4)
-    assert code == 2 and "not in --output_dir" in error
-    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
-    code, error = train_here(*common, *resume, "--per_device_train_batch_size", 4)
-    assert code == 2 and "cannot be resumed" in error
+    if layout.zero == 0:
+        # In float32 DeepSpeed's plain way clips, and says no norm.
+        losses = [[line["loss"] for line in history(one) if "loss" in line] for one in (run, accumulated)]
+        assert losses[0] == pytest.approx(losses[1], rel=2e-5)
+        assert_same_weights(run, accumulated, tolerance=2e-5)
+    else:
+        assert_same_run(run, accumulated, rel=2e-5, weights=2e-5)

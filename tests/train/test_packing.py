@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +11,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.errors import SetupError
+from dft_common.flags import run_command
 from dft_common.reader import Row
+from dft_prep.cli import cli as prep_commands
 from dft_train.collate import collate, sequence_inputs
 from dft_train.head import HeadTap, LossRequest
 from dft_train.probe import LogitTransform, probe_logits, probe_packing
-from train import handmade
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from dft_train.recurrent import reset_states
+from train import handmade, oracle
+from train.same_run import assert_same_run
+from train.test_models import HYBRID
 
 
 def model(architecture: str, attention: str = "sdpa", **more):
     torch.manual_seed(1)
-    config = AutoConfig.for_model(architecture, **{**SMALL, **more})
+    config = AutoConfig.for_model(architecture, **{**handmade.SMALL, **more})
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
@@ -71,20 +63,21 @@ ATTENTIONS = ["sdpa", "eager", pytest.param("flash_attention_2", marks=pytest.ma
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     ("architecture", "more"),
     [
-        ("qwen3", {}),
-        ("llama", {"tie_word_embeddings": True}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     ],
-    ids=["qwen3", "llama", "qwen3-sliding"],
+    ids=["qwen3-sliding", "lfm2"],
 )
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_packed_equals_alone(architecture, more, attention, checkpointing):
+    """With each attention, and where activations are computed again; see `test_models` for the architectures."""
     if attention == "flash_attention_2" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     net = model(architecture, attention, **more)
+    reset_states(net)
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     net.train()
@@ -112,23 +105,13 @@ def test_positions_that_do_not_restart_would_leak():
         ("qwen3", {}, LogitTransform()),
         ("gemma2", {"final_logit_softcapping": 30.0}, LogitTransform(softcap=30.0)),
         ("granite", {"logits_scaling": 4.0}, LogitTransform(logit_scale=0.25)),
-        ("cohere", {"logit_scale": 0.0625}, LogitTransform(logit_scale=0.0625)),
     ],
 )
 def test_the_model_tells_what_it_does_to_its_logits(architecture, more, expected):
     net = model(architecture, "eager", **more).eval()
-    tap = HeadTap(net)
-    found = probe_logits(tap, net, net.config, inputs)
+    found = probe_logits(HeadTap(net), net, net.config, inputs)
     assert found.softcap == expected.softcap
     assert found.logit_scale == pytest.approx(expected.logit_scale)
-    probe_packing(tap, net, inputs, torch.float32)
-    # With it, the loss is the one of the model's own logits.
-    batch = collate(random_rows([15]), [0], 1, "eager")
-    request = LossRequest(batch.labels, None, 1.0, "sft", 0.0, *found)
-    ours, _ = tap.loss(net, batch.inputs, request)
-    logits = net(**batch.inputs).logits[0, :-1].float()
-    theirs = torch.nn.functional.cross_entropy(logits, batch.labels[0, 1:], ignore_index=-100, reduction="sum")
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_change_of_the_logits_is_refused():
@@ -145,10 +128,44 @@ def test_an_unknown_change_of_the_logits_is_refused():
         probe_logits(HeadTap(net), net, net.config, inputs)
 
 
-def test_a_model_that_carries_a_state_along_is_refused():
+def test_a_state_that_is_carried_along_is_refused_and_none_is_after_a_reset():
     net = model("lfm2", layer_types=["conv", "full_attention"]).eval()
     with pytest.raises(SetupError, match="sees the one before"):
         probe_packing(HeadTap(net), net, inputs, torch.float32)
+    net = model("lfm2", layer_types=["conv", "full_attention"]).eval()
+    reset_states(net)
+    probe_packing(HeadTap(net), net, inputs, torch.float32)
+
+
+def test_generation_carries_the_state_along_as_before():
+    net = model("lfm2", layer_types=["conv", "full_attention"]).eval()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before = net.generate(ids, max_new_tokens=4, do_sample=False)
+    reset_states(net)
+    assert torch.equal(net.generate(ids, max_new_tokens=4, do_sample=False), before)
+
+
+def test_a_model_that_cannot_be_packed_trains_on_one_conversation_at_a_time(rows, train_here, tmp_path):
+    """gpt-oss: transformers makes its eager mask without the positions, so that every token sees those before it."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    sizes["layer_types"] = ["sliding_attention", "full_attention"]
+    net = handmade.write_model(tmp_path / "model", "gpt_oss", **sizes)
+    data = handmade.write_dataset(tmp_path / "data", *rows)
+    common = ("--dataset_dir", data, "--model_name_or_path", net, "--output_dir", tmp_path / "run", "--max_steps", 2)
+    code, error = train_here(*common)
+    assert code == 2 and "sees the one before it" in error and "`--packing False`" in error
+    assert "GptOssForCausalLM does not work with sdpa attention: eager is used" in error
+    code, error = train_here(*common, "--packing", "False")
+    assert code == 1 and f"run `dft-prep pack {data} --max_length 64 --packing False`" in error
+    assert run_command(prep_commands, "dft-prep", ["pack", str(data), "--packing", "False"]) == 0
+    code, error = train_here(*common, "--packing", "False", "--per_device_train_batch_size", 2)
+    assert code == 2 and "sees the one before it" in error
+    code, error = train_here(*common, "--packing", "False", "--gradient_accumulation_steps", 2)
+    assert code == 0 and "40 rows in 40 packs" in error
+    code, error = train_here(*common, "--packing", "False", "--eval_only")
+    assert code == 0
+    found = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert found["eval_loss"] == pytest.approx(oracle.numbers(net, rows[1], 0.7)[""][0], rel=5e-6)
 
 
 def test_the_patched_model_is_unchanged_without_a_question(tmp_path: Path):
@@ -174,3 +191,22 @@ def test_alpha_zero_is_the_models_own_loss():
 
 def test_vocabulary_of_the_handmade_tokenizer(tokenizer):
     assert tokenizer.get_vocab_size() == handmade.VOCAB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["qwen3_next", "lfm2", "falcon_h1"])
+def test_two_ranks_of_zero3_train_the_same_hybrid(architecture, dataset, ranks, tmp_path):
+    """Ranks with more conversations in their packs than others run the recurrent layers more often."""
+    case = next(case for case in HYBRID if case.model == architecture)
+    net = handmade.write_model(tmp_path / "model", architecture, **case.sizes)
+    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    common = (
+        "--dataset_dir", dataset, "--model_name_or_path", net, "--max_steps", 4, "--logging_steps", 1,
+        "--learning_rate", 3e-3, "--adam_epsilon", 1e-4, "--torch_dtype", "float32", "--save_strategy", "no",
+    )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks(1, *common, "--output_dir", one, "--gradient_accumulation_steps", 4)
+    zero3 = ("--deepspeed", tmp_path / "zero3.json")
+    ranks(2, *common, "--output_dir", two, "--gradient_accumulation_steps", 2, *zero3)
+    assert_same_run(two, one, rel=2e-5, weights=2e-5)

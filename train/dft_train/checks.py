@@ -19,6 +19,7 @@ from dft_common.schema import TEMPLATE_NAME, TOKENIZER_DIR
 from dft_train import launch
 from dft_train.arguments import Settings
 from dft_train.collate import FLASH
+from dft_train.lora_flags import base_of_adapter
 
 TOKENIZER_JSON = "tokenizer.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -28,7 +29,7 @@ def load_config(settings: Settings) -> Any:
     """The model's configuration. Raises SetupError where there is no such model."""
     from transformers import AutoConfig
 
-    name = settings.model_name_or_path
+    name = base_of_adapter(settings.model_name_or_path) or settings.model_name_or_path
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).is_dir():
         raise SetupError(
@@ -45,15 +46,26 @@ def load_config(settings: Settings) -> Any:
         ) from None
 
 
-def choose_attention(settings: Settings) -> str:
+def _model_class(config: Any) -> Any:
+    """The class that AutoModelForCausalLM makes of `config`, None where the model brings its own code."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if hasattr(config, "auto_map"):
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def choose_attention(settings: Settings, config: Any) -> str:
     """The attention to use. Raises SetupError where a GPU run asks for one that is not installed."""
     wanted = settings.attn_implementation
-    if wanted != FLASH:
-        return wanted
-    if not launch.has_accelerator():
+    if wanted == FLASH and not launch.has_accelerator():
         launch.warn("flash_attention_2 needs a GPU and there is none: sdpa is used in its place")
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is None:
+        wanted = "sdpa"
+    model_class = _model_class(config)
+    if wanted == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
+        launch.warn("%s does not work with sdpa attention: eager is used in its place", model_class.__name__)
+        return "eager"
+    if wanted == FLASH and importlib.util.find_spec("flash_attn") is None:
         raise SetupError(
             "--attn_implementation flash_attention_2: flash-attn is not installed",
             remedy="run `pip install 'dft-toolkit[gpu]'`, or use `--attn_implementation sdpa`",

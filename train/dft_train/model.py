@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from dft_common.schema import TOKENIZER_DIR
 from dft_train import launch
 from dft_train.arguments import Settings
 from dft_train.checks import TOKENIZER_JSON
+from dft_train.lora_flags import base_of_adapter
+from dft_train.recurrent import reset_states
+
+NOISE = 0.01
+"""Of the spread of the other rows: how far a new row begins from their mean."""
 
 
 def choose_dtype(settings: Settings, args: TrainingArguments) -> torch.dtype | str:
@@ -38,7 +44,7 @@ def _warn_of_low_precision(settings: Settings, args: TrainingArguments, model: P
 
 def load_model(settings: Settings, args: TrainingArguments, manifest: Manifest, attention: str) -> PreTrainedModel:
     """The model, on the CPU or partitioned over the ranks (ZeRO-3), with a row for each id of the dataset."""
-    name = settings.model_name_or_path
+    name = base_of_adapter(settings.model_name_or_path) or settings.model_name_or_path
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
@@ -52,24 +58,55 @@ def load_model(settings: Settings, args: TrainingArguments, manifest: Manifest, 
             f"--model_name_or_path {name}: the model cannot be loaded: {first}",
             remedy="give a causal language model with its weights; --trust_remote_code True where it brings code",
         ) from None
-    _warn_of_low_precision(settings, args, model)
+    if settings.lora is None and name == settings.model_name_or_path:
+        _warn_of_low_precision(settings, args, model)
     add_rows(model, manifest, args.seed)
+    reset_states(model)
     return model
+
+
+def _start_rows(weight: torch.Tensor, known: int, seed: int) -> None:
+    """Set the rows of `weight` after the first `known`: the mean of those, and noise of a part of their spread.
+
+    In float32, so that in 16 bits too no two rows begin alike. (transformers' own way takes the covariance of the
+    embeddings, minutes for a large vocabulary, and noise that 16 bits round away.)
+    """
+    old = weight[:known]
+    mean = old.mean(dim=0, dtype=torch.float32)
+    squares = torch.linalg.vector_norm(old, dim=0, dtype=torch.float32) ** 2 / known
+    spread = (squares - mean**2).clamp(min=0).sqrt()
+    shape = (len(weight) - known, weight.shape[1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(mean.device)
+    weight[known:] = (mean + NOISE * spread * noise).to(weight.dtype)
 
 
 def add_rows(model: PreTrainedModel, manifest: Manifest, seed: int) -> None:
     """Give the embeddings and the head a row for each id of the dataset; rows that are there stay as they are.
 
-    New rows are the mean of the others and a little noise (transformers' own way). Without rows to add, ids that the
-    tokenizer gained have rows that padded the vocabulary, and are trained from these.
+    New rows are the mean of the others and a little noise. Without rows to add, ids that the tokenizer gained have
+    rows that padded the vocabulary, and are trained from these.
     """
-    needed = manifest.tokenizer.vocab_size
-    if needed <= model.config.get_text_config().vocab_size:
+    needed, known = manifest.tokenizer.vocab_size, model.config.get_text_config().vocab_size
+    if needed <= known:
         return
     get_logger().info("embeddings are resized to %s rows for %s", f"{needed:,}", manifest.tokenizer.added_tokens)
     # Trainer seeds only when it is made: without this the rows would depend on what each rank did before.
     set_seed(seed)
-    model.resize_token_embeddings(needed)
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights: list[Any] = [layer.weight for layer in layers if layer is not None]
+    for weight in weights if weights[0] is not weights[-1] else weights[:1]:
+        with torch.no_grad(), _gathered(weight):
+            _start_rows(weight, known, seed)
+
+
+def _gathered(weight: Any) -> Any:
+    """The whole of `weight` where ZeRO-3 holds it in parts; what is set in it becomes every rank's."""
+    if not hasattr(weight, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
 def end_of_turn_id(dataset_dir: Path, manifest: Manifest) -> int | None:
