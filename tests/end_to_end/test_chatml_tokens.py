@@ -48,6 +48,7 @@ def write_base_model(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_base_model_learns_to_chat_and_to_stop(dft_prep, tmp_path):
     model = write_base_model(tmp_path / "model")
     replies = {"ping": "pong", "tick": "tock"}

@@ -27,7 +27,10 @@ CHANGED = {
     "--save_steps": "10",
     "--logging_steps": "5",
 }
-pytestmark = pytest.mark.skipif(not (SHARED / "sources").is_dir(), reason="the shared data is not here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (SHARED / "sources").is_dir(), reason="the shared data is not here"),
+]
 
 
 def script_flags(model: Path, out: Path, logs: Path) -> list[str]:

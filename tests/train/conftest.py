@@ -19,6 +19,9 @@ from train.rank_server import RankServer
 
 BIN = Path(sys.executable).parent
 
+# Before torch is imported: on matrices this small, threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Tokenizer:
@@ -108,7 +111,7 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
             words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
         try:
-            out, error = process.communicate(timeout=100)
+            out, error = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, error = process.communicate()

@@ -27,6 +27,20 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCAB = 256 + len(CONTROL)
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""A configuration of two layers, with weights so large that attention matters."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,21 +267,9 @@ def write_model(directory: Path, architecture: str, *, vocab: int = VOCAB, seed:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = {
-        "vocab_size": vocab,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-        "pad_token_id": 256,
-        "initializer_range": 0.2,
-    }
-    config = AutoConfig.for_model(architecture, **{**sizes, **more})
+    ids = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}
+    own = {"vocab_size": vocab, "intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.2}
+    config = AutoConfig.for_model(architecture, **{**SMALL, **ids, **own, **more})
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(directory)
     return write_tokenizer(directory)

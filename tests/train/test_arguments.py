@@ -42,7 +42,7 @@ def test_the_users_script_as_written(monkeypatch):
     assert settings.build["preprocessing_num_workers"] == 8 and settings.build["validation_split_percentage"] == 2.0
     assert (settings.max_length, settings.build["max_length"]) == (8192, 8192)
     assert settings.gradient_checkpointing and settings.trust_remote_code
-    assert (settings.dft_alpha, settings.warmup_ratio, settings.logging_dir) == (0.7, 0.05, "{LOG_DIR}")
+    assert (str(settings.dft_alpha), settings.warmup_ratio, settings.logging_dir) == ("0.7", 0.05, "{LOG_DIR}")
     assert settings.training == {
         "bf16": True, "num_train_epochs": 1.0, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
         "learning_rate": 2e-6, "lr_scheduler_type": "cosine", "weight_decay": 0.01, "gradient_accumulation_steps": 16,
@@ -62,9 +62,9 @@ def test_any_other_field_of_training_arguments(monkeypatch):
 
 def test_a_config_file_gives_flags_and_the_command_line_wins(monkeypatch, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("dft_alpha: 0.2\nlearning_rate: 0.5\nadam_beta2: 0.9\nbf16: true\nobjective: sft\n")
+    path.write_text("dft_alpha: 0.2\nlearning_rate: 0.5\nadam_beta2: 0.9\nbf16: true\nobjective: dft\n")
     settings = parse(monkeypatch, *COMMON, "--config", str(path), "--dft_alpha", "0.4")
-    assert (settings.dft_alpha, settings.objective) == (0.4, "sft")
+    assert (str(settings.dft_alpha), settings.objective) == ("0.4", "dft")
     assert settings.training == {"learning_rate": 0.5, "adam_beta2": 0.9, "bf16": True}
 
 

@@ -152,7 +152,6 @@ def test_an_added_token_that_the_models_vocabulary_holds_must_have_its_id(token_
         (("--warmup-ration", 1), ("did you mean --warmup_ratio?",)),
         (("--attn_implementation", "flex_attention"), ("expected one of sdpa, eager, flash_attention_2",)),
         (("--report_to", "tensorbord"), ("did you mean tensorboard?",)),
-        (("--report_to", "trackio"), ("trackio is not installed",)),
         (("--label_smoothing_factor", 0.1), ("not supported",)),
         (("--lr_scheduler_type", "spiral"), ("spiral is not a valid",)),
         (("--deepspeed", "nowhere.json"), ("No such file",)),

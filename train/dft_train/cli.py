@@ -15,7 +15,9 @@ import click
 
 from dft_common.errors import DftError, SetupError
 from dft_common.flags import Flag, FlagCommand, load_config, nearest, run_command
+from dft_train import launch, ranks, slurm
 from dft_train.arguments import STATIC_FLAGS, TRAINING_FLAGS, make_settings
+from dft_train.verify_flags import VERIFY_HELP, verify_flags
 
 TRAIN_HELP = (
     "Train a model on a dataset of `dft-prep build` with the DFT loss (arXiv 2508.05629). Runs alone, under torchrun "
@@ -33,6 +35,8 @@ def _train(**values: Any) -> int:
     assert isinstance(command, TrainCommand)
     try:
         settings = make_settings(values, given, command.training_names)
+        if settings.num_gpus and not settings.dry_run and not ranks.started_here():
+            return ranks.run_ranks(settings.num_gpus, context.meta["arguments"])
         from dft_train.trainer import run
 
         return run(settings)
@@ -43,10 +47,11 @@ def _train(**values: Any) -> int:
 
 
 def _speaks() -> bool:
-    """Before the ranks meet, all of them find the same mistake: the first process of each node tells it."""
+    """Before the ranks meet, all of them find the same mistake: the first process of each node tells it, and another
+    only where it alone has found one."""
     torch = sys.modules.get("torch")
     met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return met or os.environ.get("LOCAL_RANK", "0") in ("0", "-1")
+    return met or os.environ.get("LOCAL_RANK", "0") in ("0", "-1") or launch.alone_with_it()
 
 
 def _show_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -120,6 +125,7 @@ class _Group(click.Group):
     """A group whose default command is `train`; `train`'s flags depend on the ones that are used."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        slurm.adopt()
         with_name = args if args and not args[0].startswith("-") else ["train", *(args or ["--help"])]
         ctx.meta["arguments"] = with_name[1:]
         return super().parse_args(ctx, with_name)
@@ -133,7 +139,17 @@ class _Group(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
+def _verify(**values: Any) -> int:
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    given = {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
+    from dft_train.verify import run
+
+    return run(values, given)
+
+
 group = _Group("dft-train", help="Stage 2 of the DFT Toolkit: train on a prepared dataset.")
+group.add_command(FlagCommand("verify", _verify, verify_flags(), help=VERIFY_HELP))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

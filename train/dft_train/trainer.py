@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,11 @@ from dft_common.schema import TRAIN
 from dft_train import checks, launch
 from dft_train.arguments import Settings
 from dft_train.bridge import built_dataset
+from dft_train.deepspeed_checks import adopt
+from dft_train.out_of_memory import Situation, explained, look_at, predicted_ways
+from dft_train.ranks import follow_parent
+from dft_train.signals import Signals, Stopped
+from dft_train.watch import Ranks
 
 EVAL_RESULTS_NAME = "eval_results.json"
 
@@ -40,7 +44,7 @@ class _Data(NamedTuple):
 def _dataset(settings: Settings) -> contextlib.AbstractContextManager[Path]:
     if settings.dataset_dir is None:
         return built_dataset(settings)
-    ignored = [f"--{name}" for name in settings.build if name not in ("max_length", "seed")]
+    ignored = [f"--{name}" for name in settings.build if name not in ("max_length", "seed", "packing")]
     if ignored:
         launch.warn("%s only take part in a build: with --dataset_dir they change nothing", ", ".join(ignored))
     return contextlib.nullcontext(settings.dataset_dir)
@@ -57,7 +61,7 @@ def _open(settings: Settings, directory: Path) -> _Data:
     manifest = read_manifest(directory)
     _check_sizes(directory, manifest)
     config = checks.load_config(settings)
-    attention = checks.choose_attention(settings)
+    attention = checks.choose_attention(settings, config)
     checks.check_tokenizer(settings, directory, manifest)
     checks.check_vocabulary(settings, manifest, config)
     checks.check_template(settings, directory)
@@ -66,7 +70,7 @@ def _open(settings: Settings, directory: Path) -> _Data:
     from dft_train.dataset import PackedSplit
 
     def split(name: str) -> PackedSplit:
-        return PackedSplit(directory, manifest, name, max_length, attention)
+        return PackedSplit(directory, manifest, name, max_length, attention, settings.build.get("packing"))
 
     train = None if settings.eval_only else split(TRAIN)
     if train is not None and not len(train):
@@ -88,14 +92,24 @@ def _refuse_nothing_to_evaluate(settings: Settings, data: _Data) -> None:
         launch.warn("%s, so nothing is evaluated", what)
 
 
-def _make_trainer(settings: Settings, data: _Data, args: Any) -> Any:
+def _make_trainer(settings: Settings, data: _Data, args: Any, signals: Signals) -> Any:
+    from dft_train.card import make_origin
     from dft_train.loop import DftTrainer
+    from dft_train.lora import is_adapted, with_adapter
     from dft_train.model import end_of_turn_id, load_model, teach_to_stop
+    from dft_train.release import Release
 
     started = time.monotonic()
     model = load_model(settings, args, data.manifest, data.attention)
     teach_to_stop(model, end_of_turn_id(data.directory, data.manifest))
     logs.get_logger().info("model %s loaded in %.1f s", settings.model_name_or_path, time.monotonic() - started)
+    model = with_adapter(model, settings, data.manifest, args.seed)
+    release = Release(
+        origin=make_origin(settings, args, data.manifest, adapter=is_adapted(model)),
+        dataset_dir=data.directory,
+        output_dir=settings.output_dir,
+        merges=settings.merge_lora,
+    )
     return DftTrainer(
         model=model,
         args=args,
@@ -105,12 +119,20 @@ def _make_trainer(settings: Settings, data: _Data, args: Any) -> Any:
         dataset_fingerprint=data.manifest.fingerprint,
         objective=settings.objective,
         dft_alpha=settings.dft_alpha,
+        objective_options=settings.objective_options,
+        fused_loss=settings.fused_loss,
         attention=data.attention,
+        peak_tflops=settings.peak_tflops,
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+        signals=signals,
+        on_nan=settings.on_nan,
+        guards=settings.guards,
+        release=release,
     )
 
 
-def _evaluate(settings: Settings, data: _Data, args: Any) -> None:
-    trainer = _make_trainer(settings, data, args)
+def _evaluate(settings: Settings, data: _Data, args: Any, signals: Signals) -> None:
+    trainer = _make_trainer(settings, data, args, signals)
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -119,55 +141,76 @@ def _evaluate(settings: Settings, data: _Data, args: Any) -> None:
         logs.get_logger().info("wrote %s", path)
 
 
-def _train(settings: Settings, data: _Data, args: Any) -> None:
-    from dft_train.checkpoints import find_checkpoint, read_state
+def _train(settings: Settings, data: _Data, args: Any, signals: Signals) -> int:
+    """The exit code."""
+    from dft_train.checkpoints import check_same_steps, read_state, step_of
+    from dft_train.resume import choose_checkpoint
     from dft_train.trackers import open_trackers
 
-    checkpoint = find_checkpoint(settings.resume, settings.output_dir, deepspeed=bool(args.deepspeed))
-    trainer = _make_trainer(settings, data, args)
+    trainer = _make_trainer(settings, data, args, signals)
+    checkpoint = choose_checkpoint(settings, trainer.agreement)
     if checkpoint is not None:
-        step = int(checkpoint.name.rpartition("-")[2])
-        trainer.restore(read_state(checkpoint, trainer.run_state([])), step)
-        logs.get_logger().info("going on from %s", checkpoint)
+        state = read_state(checkpoint)
+        check_same_steps(checkpoint, state, trainer.run_state([]))
+        trainer.restore(state, step_of(checkpoint))
     if trainer.is_world_process_zero():
-        open_trackers(args.report_to, run_name=args.run_name, resumes=checkpoint is not None)
+        trainer.tracker_runs = open_trackers(trainer, trainer.tracker_runs, trainer.first_step)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    trainer.save_state()
-    logs.get_logger().info("saved the final model in %s", settings.output_dir)
+    if trainer.faults.stopping:
+        trainer.faults.tell_how_to_go_on()
+        return launch.EXIT_TERMINATED
+    trainer.save_final()
+    return 0
 
 
-@contextlib.contextmanager
-def _ranks() -> Iterator[None]:
-    try:
-        yield
-    finally:
-        launch.leave_ranks()
+def _out_of_memory_explained(settings: Settings, data: _Data, args: Any) -> contextlib.AbstractContextManager[None]:
+    split = data.train or data.evaluation
+
+    def look(where: str) -> Situation:
+        length = split.info.max_length
+        return look_at(settings, args, attention=data.attention, max_length=length, where=where)
+
+    return explained(look, lambda: predicted_ways(settings, args, data.config, data.manifest, split, data.attention))
 
 
 def run(settings: Settings) -> int:
     """Do what the command line asks; the exit code. Raises DataError and SetupError for what the user can mend."""
+    with Signals() as signals:
+        try:
+            return _run(settings, signals)
+        except Stopped as stopped:
+            launch.warn("%s before the first step: nothing is saved", stopped.name)
+            return launch.EXIT_TERMINATED
+
+
+def _run(settings: Settings, signals: Signals) -> int:
     logs.setup()
     launch.quieten()
-    with _ranks():
+    follow_parent()
+    settings = adopt(settings)
+    with Ranks() as ranks:
         with _dataset(settings) as directory:
             launch.quieten_transformers()
             data = _open(settings, directory)
             _refuse_nothing_to_evaluate(settings, data)
-            from dft_train.plan import describe, parameters_of, report_memory
+            from dft_train.plan import describe, planned_layout, print_plan, report_memory
+            from dft_train.resume import fit_accumulation
             from dft_train.training_arguments import make_training_arguments
 
-            # Counted before DeepSpeed is known to transformers: its ZeRO-3 would want real weights.
-            parameters = parameters_of(data.config, settings.trust_remote_code) if settings.dry_run else 0
+            settings = fit_accumulation(settings)
             args = make_training_arguments(settings, evaluates=data.evaluation is not None)
-        from dft_train.sampler import train_layout
+            ranks.watch()
 
         if data.train is not None:
-            logs.get_logger().info("%s", describe(data.train, data.evaluation, train_layout(args), args))
+            logs.get_logger().info("%s", describe(data.train, data.evaluation, planned_layout(settings, args), args))
         if settings.dry_run:
-            report_memory(parameters, args)
-        elif settings.eval_only:
-            _evaluate(settings, data, args)
+            split = data.train or data.evaluation
+            found = report_memory(settings, args, data.config, data.manifest, split, data.attention) if split else {}
+            if logs.rank_and_world_size()[0] == 0:
+                print_plan(found)
         else:
-            _train(settings, data, args)
+            with _out_of_memory_explained(settings, data, args):
+                if not settings.eval_only:
+                    return _train(settings, data, args, signals)
+                _evaluate(settings, data, args, signals)
     return 0

@@ -15,6 +15,7 @@ from dft_common.errors import SetupError
 from dft_common.logs import get_logger
 from dft_train import launch
 from dft_train.arguments import Settings
+from dft_train.deepspeed_checks import refuse_mismatches, refuse_unknown_keys
 from dft_train.deepspeed_config import choose_precision, read_deepspeed, working_copy, zero_stage
 from dft_train.trackers import check_trackers
 
@@ -48,6 +49,7 @@ def _deepspeed(settings: Settings, fields: dict[str, Any]) -> None:
     if settings.eval_only and zero_stage(config) != 3:
         get_logger().info("evaluation alone: DeepSpeed is left out (only ZeRO-3 can evaluate without an optimizer)")
         return
+    refuse_unknown_keys(config)
     fields["deepspeed"] = working_copy(config, precision)
     launch.stand_alone_environment()
     launch.build_no_cpu_ops()
@@ -74,8 +76,9 @@ def make_training_arguments(settings: Settings, *, evaluates: bool) -> TrainingA
     fields["activation_checkpointing"] = settings.gradient_checkpointing or any(asked)
     fields.setdefault("activation_checkpointing_kwargs", {"use_reentrant": False})
     try:
-        args = TrainingArguments(output_dir=str(settings.output_dir), **fields)
-        device_count = args.n_gpu
+        with launch.meeting():
+            args = TrainingArguments(output_dir=str(settings.output_dir), **fields)
+            device_count = args.n_gpu
     except (ValueError, TypeError, ImportError) as error:
         raise SetupError(f"TrainingArguments: {error}", remedy="`dft-train --help_all` explains each field") from None
     if device_count > 1:
@@ -83,5 +86,6 @@ def make_training_arguments(settings: Settings, *, evaluates: bool) -> TrainingA
         launch.warn("one process trains on one device; start one per device with torchrun or deepspeed")
         args._n_gpu = 1
     if args.deepspeed:
+        refuse_mismatches(args.hf_deepspeed_config)
         launch.join_ranks()
     return args
