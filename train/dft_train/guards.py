@@ -30,7 +30,7 @@ from dft_common.manifest import encode_json, write_atomically
 from dft_common.schema import IGNORE_INDEX
 from dft_train.collate import Batch
 from dft_train.head import HeadTap, LossRequest, shift
-from dft_train.loss import linear_dft_loss, logits_dft_loss
+from dft_train.loss import linear_dft_loss, logits_dft_loss, transformed
 from dft_train.probe import (
     Inputs,
     Leak,
@@ -150,14 +150,6 @@ def _run_loss(
     return loss.detach(), by_rows, by_weight
 
 
-def _apply(transform: LogitTransform, logits: Tensor) -> Tensor:
-    if transform.logit_scale is not None:
-        logits = logits * transform.logit_scale
-    if transform.softcap is not None:
-        logits = torch.tanh(logits / transform.softcap) * transform.softcap
-    return logits
-
-
 def measure_loss(
     tap: HeadTap, model: Any, inputs: dict[str, Any], excerpt: _Excerpt, request: LossRequest
 ) -> tuple[float, float, float]:
@@ -187,7 +179,7 @@ def measure_loss(
     if not found or not len(live):
         return 0.0, 0.0, 0.0
     assert tap.logits is not None
-    expected = _apply(LogitTransform(request.softcap, request.logit_scale), dense[3])
+    expected = transformed(dense[3], request.softcap, request.logit_scale)
     return found[0], found[1], _relative(tap.logits[0], expected)
 
 

@@ -81,6 +81,15 @@ def _find(labels: Tensor) -> Tensor:
     return torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
 
 
+def transformed(logits: Tensor, softcap: float | None, logit_scale: float | None) -> Tensor:
+    """What the model makes of its head's output, with autograd: `softcap * tanh(logit_scale * x / softcap)`."""
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
 def logits_dft_loss(
     logits: Tensor,
     labels: Tensor,
@@ -100,11 +109,7 @@ def logits_dft_loss(
     live = _find(labels) if live is None else live
     chosen = None if loss_weights is None else loss_weights[live].float()
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.float()
-        if logit_scale is not None:
-            logits = logits * logit_scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = transformed(logits.float(), softcap, logit_scale)
         ce = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")[live]
         with torch.no_grad():
             rows = logits[live]

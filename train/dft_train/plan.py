@@ -25,7 +25,8 @@ from dft_train import launch
 from dft_train.arguments import Settings
 from dft_train.collate import FLASH
 from dft_train.dataset import PackedSplit
-from dft_train.memory import PARTS, MemoryPlan, MemoryRequest, predict, zero_section
+from dft_train.deepspeed_config import zero_stage
+from dft_train.memory import PARTS, MemoryPlan, MemoryRequest, predict
 from dft_train.sampler import Layout, train_layout
 from dft_train.shape import measure
 
@@ -94,7 +95,7 @@ def _precision(settings: Settings, args: TrainingArguments, config: Any) -> tupl
 
 def _adapter(settings: Settings, manifest: Manifest, seed: int) -> Callable[[Any], Any]:
     """What makes of a model the one that is trained: with --lora_r, fresh adapters and a frozen rest."""
-    lora = getattr(settings, "lora", None)
+    lora = settings.lora
     if lora is None or settings.eval_only:
         return lambda model: model
 
@@ -136,7 +137,7 @@ def request_for(
         accumulates=args.gradient_accumulation_steps > 1,
         device=args.device.type,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        fused_loss=getattr(settings, "fused_loss", "auto") != "off",
+        fused_loss=settings.fused_loss != "off",
         deepspeed=plugin.deepspeed_config if plugin is not None else None,
     )
 
@@ -159,7 +160,7 @@ def _with_zero(request: MemoryRequest, **section: Any) -> MemoryRequest:
 
 def ways_to_save(request: MemoryRequest) -> list[Way]:
     """What would need less memory on each device, the best first. Each stands alone; they can be combined."""
-    stage = int(zero_section(request.deepspeed).get("stage", 0))
+    stage = zero_stage(request.deepspeed)
     away = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     changes: dict[str, MemoryRequest] = {}
     if not request.checkpointing:
@@ -185,7 +186,7 @@ def _hints(settings: Settings, args: TrainingArguments, attention: str) -> list[
         hints.append("--per_device_train_batch_size 1 with more --gradient_accumulation_steps")
     if attention != FLASH and launch.has_accelerator():
         hints.append(f"--attn_implementation {FLASH} ({attention} keeps masks that grow with the square of a pack)")
-    if getattr(settings, "lora", None) is None:
+    if settings.lora is None:
         hints.append("--lora_r 16 (trains an adapter: hardly any gradients and optimizer)")
     return [*hints, "packs of a smaller --max_length (`dft-prep pack`)"]
 
@@ -228,7 +229,7 @@ def report_memory(
     plan, device, shape = predict(request), device_of_rank(_local_ranks(settings)), request.shape
     need = plan.total + (CONTEXT_GIB * GIB if launch.has_accelerator() else 0)
     fits = need <= device.bytes
-    stage = int(zero_section(request.deepspeed).get("stage", 0))
+    stage = zero_stage(request.deepspeed)
     how = "no DeepSpeed" if request.deepspeed is None else f"ZeRO-{stage}"
     lines = [
         f"model: {shape.parameters:,} parameters, {shape.trainable:,} of them trained",
