@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from dft_common.errors import SetupError
+from dft_train.launch import have_met
 
 T = TypeVar("T")
 
 
 def _cpu_group() -> Any:
     """A process group of all ranks for numbers on the CPU, None for a single rank. Raises SetupError."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not have_met() or dist.get_world_size() == 1:
         return None
     try:
         return dist.new_group(backend="gloo")

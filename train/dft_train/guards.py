@@ -30,6 +30,7 @@ from dft_common.manifest import encode_json, write_atomically
 from dft_common.schema import IGNORE_INDEX
 from dft_train.collate import Batch
 from dft_train.head import HeadTap, LossRequest, shift
+from dft_train.launch import have_met
 from dft_train.loss import linear_dft_loss, logits_dft_loss, transformed
 from dft_train.probe import (
     Inputs,
@@ -186,7 +187,7 @@ def measure_loss(
 def _worst(numbers: Numbers, device: torch.device) -> Numbers:
     """Over the ranks, all of which get the same. What is not a number is not ours to judge: it counts 0."""
     made = torch.tensor(numbers, device=device).nan_to_num(nan=0.0, posinf=0.0)
-    if dist.is_available() and dist.is_initialized():
+    if have_met():
         dist.all_reduce(made, op=dist.ReduceOp.MAX)
     return Numbers(*made.tolist())
 
@@ -219,7 +220,7 @@ def _known(guard: Guard) -> bool:
         same = msgspec.json.decode((guard.directory / FILE_NAME).read_bytes()).get("key") == hash_object(guard.key)
     except (OSError, msgspec.MsgspecError, AttributeError):
         same = False
-    if not (dist.is_available() and dist.is_initialized()):
+    if not have_met():
         return same
     found = torch.tensor(float(same), device=guard.device)
     dist.all_reduce(found, op=dist.ReduceOp.MIN)
@@ -260,7 +261,7 @@ def ask_model(guard: Guard, model: Any, batch: Batch, request: LossRequest, *, f
             return found
         request = request._replace(**found._asdict())
         numbers = check_excerpt(guard, model, inputs, batch, request)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+    if not have_met() or dist.get_rank() == 0:
         _keep(guard, numbers)
     packed = f"; packed and single differ by {numbers.alone:.1g}" if guard.packs_share else ""
     get_logger().info(

@@ -184,8 +184,15 @@ def join_ranks() -> None:
     deepspeed.init_distributed(dist_backend=None if has_accelerator() else "gloo", verbose=False)
 
 
+def have_met() -> bool:
+    """Whether this process is in a process group."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave_ranks() -> None:
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    if have_met():
         dist.destroy_process_group()

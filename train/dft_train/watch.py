@@ -23,7 +23,7 @@ import msgspec
 
 from dft_common import logs
 from dft_common.errors import EXIT_INTERRUPTED, DftError
-from dft_train.launch import leave_ranks, local_world_size, report_to_launcher
+from dft_train.launch import have_met, leave_ranks, local_world_size, report_to_launcher
 from dft_train.watch_sockets import CONNECT_SECONDS, Place, admit, connect, listen
 
 GRACE_SECONDS = 10.0
@@ -105,7 +105,7 @@ class Ranks:
         """Connect the ranks. Where that fails (a firewall), they are not watched, and a warning says so."""
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not have_met() or dist.get_world_size() == 1:
             return
         store = dist.distributed_c10d._get_default_store()
         if self.rank == 0:
