@@ -57,6 +57,14 @@ def _all_wait_for(rank: int, of: int, how: Callable[[], object]) -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+def _speak_slowly() -> None:
+    """As where a terminal is slow: the main thread could leave long before the words are out."""
+    from dft_common import logs
+
+    for handler in logs.get_logger().handlers:
+        handler.addFilter(lambda record: time.sleep(0.5) or True)
+
+
 def _data_error(text: str) -> Exception:
     from dft_common.errors import DataError
 
@@ -72,6 +80,7 @@ CASES: dict[str, Callable[[int], object]] = {
     "collective-0": lambda rank: _all_wait_for(rank, 0, lambda: _raise(ValueError("the cat"))),
     "collective-1": lambda rank: _all_wait_for(rank, 1, lambda: _raise(ValueError("the cat"))),
     "collective-kill": lambda rank: _all_wait_for(rank, 1, _kill),
+    "collective-kill-slow-to-speak": lambda rank: (_speak_slowly(), _all_wait_for(rank, 1, _kill)),
     "alike": lambda rank: _raise(_data_error("the same for all")),
     "end-0-first": lambda rank: time.sleep(rank),
     "end-0-last": lambda rank: time.sleep(2 - rank),

@@ -63,9 +63,10 @@ def test_an_error_ends_all_and_only_the_rank_that_has_it_shows_one(ended, case, 
     assert told[0] == rank and text in told[1]
 
 
-def test_collectives_that_break_because_a_rank_was_killed_are_not_shown(ended):
-    assert codes(ended["collective-kill"]) == [1, -9, 1]
-    (told,) = spoken(ended["collective-kill"]).items()
+@pytest.mark.parametrize("case", ["collective-kill", "collective-kill-slow-to-speak"])
+def test_collectives_that_break_because_a_rank_was_killed_are_not_shown(ended, case):
+    assert codes(ended[case]) == [1, -9, 1]
+    (told,) = spoken(ended[case]).items()
     assert told[0] == 0 and "rank 1 ended: killed" in told[1] and "Traceback" not in told[1]
 
 

@@ -97,6 +97,7 @@ class Ranks:
             report_to_launcher(ending.message)
             return
         assert self._verdict is not None
+        self._known.wait(GRACE_SECONDS)
         raise SystemExit(self._verdict.code or 1) from None
 
     # Connections
@@ -175,9 +176,9 @@ class Ranks:
             peers = list(self._peers.values()) if self.rank == 0 else []
         for connection in peers:
             _send(connection, _Note(ending=ending))
-        self._known.set()
         if self._speaks(ending):
             logs.get_logger().error("rank %d ended: %s\n  what to do: %s", ending.rank, ending.message, GO_ON)
+        self._known.set()  # only now: it lets the main thread leave, and the process must not end before it has spoken
         self._start(_end_process, ending.code or 1)
 
     def _speaks(self, ending: Ending) -> bool:
