@@ -34,9 +34,10 @@ check: install
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
-# All of it: the slow tests too, and a hundred thousand damaged files, of which `make test` tries 2,000.
+# All of it: the slow tests too, properties on new cases each time, and a hundred thousand damaged files, of which
+# `make test` tries 2,000.
 nightly: check
-	$(BIN)/pytest -n 2 --dist worksteal
+	DFT_HYPOTHESIS=nightly $(BIN)/pytest -n 2 --dist worksteal
 	$(MAKE) fuzz
 
 fuzz: install

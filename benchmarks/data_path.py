@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from dft_common.reader import Row
-from dft_prep.pack import best_fit_decreasing
-from dft_train.collate import collate
-from dft_train.flops import ModelWork, attended_pairs
-from dft_train.prefetch import StepReader
-from dft_train.sampler import Layout, deal, waiting_cost
+from dft_prep.shards.pack import best_fit_decreasing
+from dft_train.data.collate import collate
+from dft_train.data.flops import ModelWork, attended_pairs
+from dft_train.data.prefetch import StepReader
+from dft_train.data.sampler import Layout, deal, waiting_cost
 
 WORK = ModelWork(per_token=6 * 7_500_000_000, per_live=6 * 128_256 * 4096, per_pair={None: 32 * 12 * 4096})
 LAYOUT = Layout(per_device=1, accumulation=4, world_size=8, rank=0)

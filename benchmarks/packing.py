@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from dft_prep.pack import BLOCK_ROWS, best_fit_decreasing
+from dft_prep.shards.pack import BLOCK_ROWS, best_fit_decreasing
 
 
 def main() -> None:

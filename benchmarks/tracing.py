@@ -17,9 +17,9 @@ from pathlib import Path
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dft_prep.sandbox import make_environment
-from dft_prep.template import ChatTemplate, TemplateRefusal
-from dft_prep.trace import mark_messages
+from dft_prep.template.compiled import ChatTemplate, TemplateRefusal
+from dft_prep.template.sandbox import make_environment
+from dft_prep.template.trace import mark_messages
 
 DATE = datetime.date(2026, 1, 31)
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 
 import tiny
 from dft_common.records import Conversation, Message
-from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import ReferenceEncoder
-from dft_prep.render import Renderer
+from dft_prep.encode.batch import BatchEncoder
+from dft_prep.encode.encoders import ReferenceEncoder
+from dft_prep.template.render import Renderer
 from dft_prep.tokenizer_files import TokenizerFiles
 
 DATE = datetime.date(2026, 1, 31)

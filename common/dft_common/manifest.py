@@ -1,6 +1,6 @@
 """The manifest: everything needed to trust a dataset, and nothing that differs between two builds of the same.
 
-`dft_prep.build` writes it last, so that its presence means a complete dataset; `dft_train` and
+`dft_prep.pipeline.build` writes it last, so that its presence means a complete dataset; `dft_train` and
 `dft-prep verify`, `inspect` and `pack` read it first.
 """
 

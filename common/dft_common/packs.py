@@ -1,7 +1,7 @@
 """The pack index on disk: which slices of which rows share a sequence.
 
 A step of training is defined by the index alone: optimizer step s takes packs [s*B, (s+1)*B) of the
-epoch's order. Written by `dft_prep.pack`, read by the trainer and by `inspect` and `verify`. Lives
+epoch's order. Written by `dft_prep.shards.pack`, read by the trainer and by `inspect` and `verify`. Lives
 outside the manifest, so that a dataset may have several; each has a JSON file beside it with its
 options, counts and checksum.
 """

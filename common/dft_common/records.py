@@ -1,6 +1,6 @@
 """The canonical conversation and what is said about a bad record.
 
-`dft_prep.reconcile` turns every shape found in the wild into these records; everything after it
+`dft_prep.reconcile.record` turns every shape found in the wild into these records; everything after it
 knows no other. They hold the author's characters unchanged: no field is ever trimmed or re-typed.
 """
 

@@ -1,6 +1,6 @@
 """The format of the dataset on disk: names, column types, constants. The one owner of each.
 
-Written by `dft_prep.shards` and `dft_prep.pack`, read through `dft_common.reader`, checked by
+Written by `dft_prep.shards.writer` and `dft_prep.shards.pack`, read through `dft_common.reader`, checked by
 `dft_prep.verify`. A change here is a change of format: raise `FORMAT_VERSION` and say so in CHANGELOG.md.
 """
 

@@ -31,21 +31,21 @@ def cli() -> None:
 
 
 def _build(**values: Any) -> None:
-    from dft_prep.build import build
+    from dft_prep.pipeline.build import build
     from dft_prep.recipe import build_options
 
     click.echo(build(build_options(values)))
 
 
 def _preview(n: int, format: str, tokens: bool, **values: Any) -> None:
-    from dft_prep.preview import preview
     from dft_prep.recipe import build_options
+    from dft_prep.show.preview import preview
 
     preview(build_options({**values, "output_dir": "."}), n, format, tokens=tokens)
 
 
 def _inspect(dataset_dir: str, split: str, format: str, tokens: bool, **selection: Any) -> None:
-    from dft_prep.inspection import Selection, inspect
+    from dft_prep.show.inspection import Selection, inspect
 
     inspect(Path(dataset_dir), split, Selection(**selection), format, tokens=tokens)
 
@@ -67,8 +67,8 @@ def _verify(dataset_dir: str) -> int:
 def _pack(dataset_dir: str, **values: Any) -> None:
     from dft_common.manifest import read_manifest
     from dft_common.schema import PACKS_DIR
-    from dft_prep.pack import PackOptions, pack_split
-    from dft_prep.report import describe_index
+    from dft_prep.pipeline.report import describe_index
+    from dft_prep.shards.pack import PackOptions, pack_split
 
     directory = Path(dataset_dir)
     manifest = read_manifest(directory)
@@ -81,7 +81,7 @@ def _pack(dataset_dir: str, **values: Any) -> None:
 
 
 def _validate(files: tuple[str, ...], **values: Any) -> int:
-    from dft_prep.validate_command import ValidateOptions, run_validate
+    from dft_prep.validate.command import ValidateOptions, run_validate
 
     values["data_files"] += files
     if not values["data_files"]:
@@ -90,7 +90,7 @@ def _validate(files: tuple[str, ...], **values: Any) -> int:
 
 
 def _explain(code: str | None) -> None:
-    from dft_prep.explain import explain
+    from dft_prep.codes.explain import explain
 
     click.echo(explain(code))
 

@@ -19,9 +19,9 @@ from dft_common.errors import SetupError
 from dft_common.fingerprint import hash_bytes, hash_object
 from dft_common.flags import nearest
 from dft_common.schema import TokenDtype
-from dft_prep.decontaminate import Ngrams, load_ngrams
-from dft_prep.render import CHATML, RenderOptions
-from dft_prep.severities import Severities, parse_severities
+from dft_prep.codes.severities import Severities, parse_severities
+from dft_prep.judge.decontaminate import Ngrams, load_ngrams
+from dft_prep.template.render import CHATML, RenderOptions
 from dft_prep.tokenizer_files import CHATML_TOKENS, TokenizerFiles, load_tokenizer
 
 ENCODING_VERSION = 2

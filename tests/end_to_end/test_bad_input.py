@@ -120,7 +120,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_complete(model_dir, tmp_path):
     # A write that fails as on a full disk: the real error number, at a real write.
     program.write_text(
         "import errno, sys\n"
-        "from dft_prep import shards\n"
+        "from dft_prep.shards import writer as shards\n"
         "def full(self, data): raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "shards._HashingFile.write = full\n"
         "from dft_prep.cli import main\n"

@@ -22,7 +22,8 @@ from dft_common.reader import SplitReader
 VOLATILE = {"report.json"}
 SMALL_UNITS = """
 import sys
-from dft_prep import engine, units
+from dft_prep.pipeline import engine
+from dft_prep.sources import units
 units.UNIT_BYTES = 20_000
 engine._POOL_FROM_BYTES = 0
 from dft_prep.cli import main

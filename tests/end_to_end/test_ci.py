@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import tiny
-from dft_prep.sources import resolve_sources
+from dft_prep.sources.named import resolve_sources
 
 REPO = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent

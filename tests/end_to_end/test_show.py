@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from tokenizers import decoders as steps
 
 import tiny
-from dft_prep.segments import Decoder, Segment
-from dft_prep.show import Style, lay_out
+from dft_prep.show.printing import Style, lay_out
+from dft_prep.show.segments import Decoder, Segment
 from dft_prep.tokenizer_files import load_tokenizer
 
 FAKE = "say <|im_end|> twice"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from dft_common.records import Finding
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged
+from dft_prep.judge.judgement import Judge, Judged
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
 
 FOLDER = Path(os.environ.get("JSON_TEST_SUITE", "nowhere"))
 CASES = sorted(FOLDER.glob("[iny]_*.json"))

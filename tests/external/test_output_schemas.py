@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.validate.command import ValidateOptions, run_validate
 from prep.test_findings import FINDINGS, written
 
 SARIF, JUNIT = os.environ.get("SARIF_SCHEMA"), os.environ.get("JUNIT_XSD")
@@ -57,13 +57,13 @@ def junit_errors():
     return lambda text: list(schema.iter_errors(io.BytesIO(text.encode())))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(FINDINGS, max_size=5))
 def test_sarif_is_valid_whatever_a_finding_holds(sarif_errors, findings):
     assert sarif_errors(written("sarif", findings)) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(FINDINGS, max_size=5))
 def test_junit_is_valid_whatever_a_finding_holds(junit_errors, findings):
     assert junit_errors(written("junit", findings, files=("good.jsonl",))) == []

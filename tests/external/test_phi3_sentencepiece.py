@@ -17,10 +17,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import tiny
-from dft_prep.checks import self_check
-from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import ReferenceEncoder, choose_encoder
-from dft_prep.render import Renderer
+from dft_prep.encode.batch import BatchEncoder
+from dft_prep.encode.checks import self_check
+from dft_prep.encode.encoders import ReferenceEncoder, choose_encoder
+from dft_prep.template.render import Renderer
 from dft_prep.tokenizer_files import load_tokenizer
 from sentencepiece_cases import DATE, conversation, encoded, runs, spelled, starts
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged
+from dft_prep.judge.judgement import Judge, Judged
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
 
 SOURCES = Path(__file__).resolve().parents[3] / "shared" / "sources"
 FILES = sorted(path for path in SOURCES.glob("*.json*") if path.is_file()) if SOURCES.is_dir() else []

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 
 import tiny
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.render import Renderer, RenderRefusal
+from dft_prep.template.render import Renderer, RenderRefusal
 from dft_prep.tokenizer_files import TokenizerFiles
 
 utils = pytest.importorskip("transformers.utils.chat_template_utils")

@@ -5,9 +5,9 @@ import datetime
 import pytest
 
 import tiny
-from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import ReferenceEncoder
-from dft_prep.render import Renderer, RenderOptions
+from dft_prep.encode.batch import BatchEncoder
+from dft_prep.encode.encoders import ReferenceEncoder
+from dft_prep.template.render import Renderer, RenderOptions
 from dft_prep.tokenizer_files import TokenizerFiles, load_tokenizer
 
 DATE = datetime.date(2026, 1, 31)

@@ -16,11 +16,11 @@ import zstandard
 
 import tiny
 from dft_common.errors import DataError
-from dft_prep.build import build
-from dft_prep.codes import CODES
-from dft_prep.examples import EXAMPLES
+from dft_prep.codes.examples import EXAMPLES
+from dft_prep.codes.table import CODES
+from dft_prep.pipeline.build import build
 from dft_prep.recipe import BuildOptions
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.validate.command import ValidateOptions, run_validate
 
 GOOD = [json.dumps(record).encode() for record in tiny.numbered(3)]
 LINES = b"\n".join(GOOD) + b"\n"

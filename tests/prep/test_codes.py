@@ -8,13 +8,13 @@ import pytest
 
 from dft_common.errors import SetupError
 from dft_common.records import Finding
-from dft_prep.codes import CODES
-from dft_prep.examples import EXAMPLES
-from dft_prep.explain import codes_markdown, explain
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge
+from dft_prep.codes.examples import EXAMPLES
+from dft_prep.codes.explain import codes_markdown, explain
+from dft_prep.codes.table import CODES
+from dft_prep.judge.judgement import Judge
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
 
 REPO = Path(__file__).resolve().parents[2]
 # Calls that raise or make a finding with a code, and the code's place among their arguments.

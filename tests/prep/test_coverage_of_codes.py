@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dft_prep.codes import CODES
+from dft_prep.codes.table import CODES
 
 TESTS = Path(__file__).resolve().parents[1]
 NOT_TESTS = {"test_coverage_of_codes.py", "test_codes.py", "test_findings.py"}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import tiny
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Message
-from dft_prep.decontaminate import load_ngrams
-from dft_prep.ngrams import FEWEST_WORDS, WORDS, Ngrams, make_ngrams, words_of
+from dft_prep.judge.decontaminate import load_ngrams
+from dft_prep.judge.ngrams import FEWEST_WORDS, WORDS, Ngrams, make_ngrams, words_of
 
 LINE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 WORD_LIST = LINE.split()
@@ -55,7 +55,7 @@ def naive_words(text: str) -> list[str]:
 ODD_CHARACTERS = "aB7_-. \n\t’…—\u200b\u00a0éÉßİﬁ½´²e\u0301Ａ０，（）。！ 首先。カｶﾞー々々〇あ゛한국ไทยक्ष😀𠀀\u0130①"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(ODD_CHARACTERS, max_size=30) | st.text(max_size=20))
 @example("x\u00b4\u0301 \u2126 ͅ ª")
 def test_words_are_what_is_left_without_case_punctuation_and_width(text):
@@ -93,7 +93,7 @@ def naive_find(texts: list[str], runs: set[tuple[str, ...]]) -> int | None:
 SENTENCE = st.lists(st.sampled_from(["a", "B", "c,", "7", "首", "É"]), max_size=30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(SENTENCE, min_size=1, max_size=4), st.lists(SENTENCE, min_size=1, max_size=3), st.data())
 def test_what_is_found_is_what_a_set_of_tuples_finds(tests, messages, data):
     for message in messages:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import tiny
 from dft_common.records import Conversation, Message
-from dft_prep.encode import BatchEncoder
-from dft_prep.encoders import (
+from dft_prep.encode.batch import BatchEncoder
+from dft_prep.encode.encoders import (
     EncoderMismatch,
     FastEncoder,
     ReferenceEncoder,
@@ -60,13 +60,13 @@ def test_an_engine_that_is_wrong_or_refuses_is_not_chosen(tokenizer, monkeypatch
     reference = ReferenceEncoder(tokenizer)
     assert choose_encoder("auto", tokenizer, reference, []).name == "fastokens"
     assert choose_encoder("tokenizers", tokenizer, reference, []) is reference
-    monkeypatch.setattr("dft_prep.encoders.FastEncoder", Lying)
+    monkeypatch.setattr("dft_prep.encode.encoders.FastEncoder", Lying)
     assert choose_encoder("auto", tokenizer, reference, ["a fox jumps"]) is reference
 
     def refuse(*_):
         raise ValueError("unsupported pre-tokenizer")
 
-    monkeypatch.setattr("dft_prep.encoders.FastEncoder", refuse)
+    monkeypatch.setattr("dft_prep.encode.encoders.FastEncoder", refuse)
     assert choose_encoder("auto", tokenizer, reference, []) is reference
 
 

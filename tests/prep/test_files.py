@@ -19,12 +19,12 @@ import pytest
 import zstandard
 
 from dft_common.errors import SetupError
-from dft_prep import files
-from dft_prep.files import FileError
-from dft_prep.readers import FileNote, RawRecord, UnitReader
-from dft_prep.sources import SourceFile, resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.sources import files
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import SourceFile, resolve_sources
+from dft_prep.sources.readers import FileNote, RawRecord, UnitReader
+from dft_prep.sources.units import plan_units
+from dft_prep.validate.command import ValidateOptions, run_validate
 
 GOOD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
 RNG = random.Random(1)

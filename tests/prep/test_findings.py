@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from dft_common import logs
 from dft_common.errors import SetupError, report_error
 from dft_common.records import Finding
-from dft_prep.baseline import finding_fingerprint, read_baseline
-from dft_prep.findings import make_writer
-from dft_prep.sarif import file_uri
-from dft_prep.summary import Summary, summary_text
+from dft_prep.validate.baseline import finding_fingerprint, read_baseline
+from dft_prep.validate.sarif import file_uri
+from dft_prep.validate.summary import Summary, summary_text
+from dft_prep.validate.writers import make_writer
 
 KEYS = ["file", "line", "column", "byte_offset", "code", "severity", "path", "message", "help"]
 FORMATS = ["text", "json", "jsonl", "github", "sarif", "junit"]
@@ -75,7 +75,7 @@ def example(**changed) -> Finding:
     return Finding(**{**values, **changed})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(FINDINGS, max_size=4))
 @pytest.mark.parametrize("format", FORMATS)
 def test_nothing_in_the_data_steers_a_terminal_or_breaks_a_format(format, findings):

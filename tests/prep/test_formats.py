@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Message, ToolCall
-from dft_prep.converters import RecordError
-from dft_prep.fields import target_of
-from dft_prep.formats import FORMATS, KNOWN_FIELDS
-from dft_prep.reading import parse_reading
-from dft_prep.reconcile import reconcile
+from dft_prep.reconcile.converters import RecordError
+from dft_prep.reconcile.fields import target_of
+from dft_prep.reconcile.formats import FORMATS, KNOWN_FIELDS
+from dft_prep.reconcile.reading import parse_reading
+from dft_prep.reconcile.record import reconcile
 
 TEXT = st.text(max_size=20) | st.sampled_from(
     ["007", "2024-01-01", "1e400", "a\u2028b", "😀", " lead", "trail \n", "null", "\ufeff", "Human: x", "<|im_start|>"]
@@ -98,7 +98,7 @@ def said(record, **reading) -> list[tuple[str, str | None]]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(TEXT, TEXT, TEXT.filter(bool), TEXT)
 @pytest.mark.parametrize("shape", RECORDS)
 def test_no_format_changes_a_character(shape, q, a, r, b):
@@ -109,7 +109,7 @@ def test_no_format_changes_a_character(shape, q, a, r, b):
     assert said(record, format=reconciled.format) == said(record), "forced, it is read the same"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXT, TEXT)
 @pytest.mark.parametrize("question", ["prompt", "question", "input"])
 @pytest.mark.parametrize("reply", ["completion", "response", "answer", "output"])
@@ -123,14 +123,14 @@ def test_a_question_and_a_reply_by_any_of_their_names(question, reply, q, a):
 PLAIN = TEXT.filter(lambda text: "<|im_" not in text and "Human:" not in text and "Assistant:" not in text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PLAIN, PLAIN)
 def test_text_that_is_chatml_already_is_taken_apart(q, a):
     text = f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n"
     assert said({"text": text}) == [("system", "s"), ("user", q), ("assistant", a)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PLAIN, PLAIN)
 def test_a_dialogue_of_human_and_assistant_is_taken_apart(q, a):
     assert said({"chosen": f"\n\nHuman: {q}\n\nAssistant: {a}", "rejected": "x"}) == [("user", q), ("assistant", a)]

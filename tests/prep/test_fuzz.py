@@ -22,12 +22,12 @@ import tiny
 import wild
 from dft_common.errors import DataError
 from dft_common.records import Finding
-from dft_prep.files import FileError
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged, quarantine_line
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.judge.judgement import Judge, Judged, quarantine_line
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
+from dft_prep.validate.command import ValidateOptions, run_validate
 
 CASES = int(os.environ.get("DFT_FUZZ_CASES", "2000"))
 BATCHES = 20

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from dft_common.records import Finding
-from dft_prep.illegal import Illegal, by_the_standard
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge
+from dft_prep.judge.illegal import Illegal, by_the_standard
+from dft_prep.judge.judgement import Judge
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
 
 
 def refused(data: bytes, *, cut: bool = False, is_line: bool = True) -> tuple[str, int]:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from dft_prep import json_stream
-from dft_prep.json_stream import Piece, split_values
+from dft_prep.sources import json_stream
+from dft_prep.sources.json_stream import Piece, split_values
 
 TEXTS = st.text(max_size=12) | st.sampled_from(['"', "\\", '\\"', "]", "}, {", "\n", "\u2028", '"}]', "\\\\"])
 VALUES = st.recursive(
@@ -40,7 +40,7 @@ def check_places(data: bytes, pieces: list[Piece]) -> None:
         assert piece.column == sum(byte & 0xC0 != 0x80 for byte in in_line) + 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(VALUES, max_size=6), INDENTS, st.booleans(), st.integers(1, 40))
 @example([{"a": "\\"}, {"b": '"'}], None, True, 1)
 def test_the_elements_of_an_array_are_those_of_json_loads_for_any_chunk_size(values, indent, ascii_only, size):
@@ -51,7 +51,7 @@ def test_the_elements_of_an_array_are_those_of_json_loads_for_any_chunk_size(val
     check_places(data, pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(OBJECTS, max_size=5), INDENTS, st.sampled_from([b"", b"\n", b" \r\n\n"]), st.integers(1, 40))
 def test_objects_one_after_another_come_whole_for_any_chunk_size(values, indent, between, size):
     data = between.join(json.dumps(value, indent=indent).encode() for value in values)
@@ -60,7 +60,7 @@ def test_objects_one_after_another_come_whole_for_any_chunk_size(values, indent,
     check_places(data, pieces)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60), st.sampled_from(["array", "object"]), st.integers(1, 9))
 @example(b'[{"a', "array", 1)
 @example(b'{"a": [}', "object", 3)
@@ -70,7 +70,7 @@ def test_any_bytes_end_and_every_piece_stands_where_it_says(junk, kind, size):
     check_places(data, split(data, kind, size))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(OBJECTS, min_size=1, max_size=4), st.data(), st.integers(1, 30))
 def test_a_cut_array_keeps_what_came_before_the_cut(values, data, size):
     whole = json.dumps(values, indent=1).encode()
@@ -198,7 +198,7 @@ def begins_like_what_is_inside(value: dict) -> bool:
     return any(head == next(iter(value)) for head in heads(list(value.values())))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(OBJECTS, max_size=4), INDENTS, st.booleans(), st.integers(1, 30), st.integers(KEPT, 60))
 @example([{"a": "é\\" * 30}, {"b": "x" * 90}], None, False, 1, 10)
 @example([{"a": "x" * 90}, {}], 1, True, 3, 40)
@@ -213,7 +213,7 @@ def test_only_elements_that_are_too_large_are_shortened(values, indent, ascii_on
         assert split(data, kind, size, largest) == [shortened(piece, largest) for piece in whole]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=80), st.sampled_from(["array", "object"]), st.integers(1, 9), st.integers(KEPT, 30))
 @example(b'{"a": "' + b"x" * 40 + b"\n}, {", "array", 1, 10)
 def test_any_bytes_end_where_some_values_are_too_large(junk, kind, size, largest):

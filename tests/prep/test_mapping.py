@@ -6,12 +6,12 @@ import pytest
 
 from dft_common.errors import SetupError
 from dft_common.records import Finding
-from dft_prep.converters import RecordError
-from dft_prep.fields import field_uses
-from dft_prep.readers import RawRecord
-from dft_prep.reading import parse_reading
-from dft_prep.reconcile import reconcile
-from dft_prep.validate import Judge, Judged
+from dft_prep.judge.judgement import Judge, Judged
+from dft_prep.reconcile.converters import RecordError
+from dft_prep.reconcile.fields import field_uses
+from dft_prep.reconcile.reading import parse_reading
+from dft_prep.reconcile.record import reconcile
+from dft_prep.sources.readers import RawRecord
 
 
 def said(record, **reading) -> list[tuple[str, str | None]]:

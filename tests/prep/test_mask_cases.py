@@ -8,8 +8,8 @@ from tokenizers import AddedToken
 
 import tiny
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.checks import self_check
-from dft_prep.render import RenderRefusal
+from dft_prep.encode.checks import self_check
+from dft_prep.template.render import RenderRefusal
 from dft_prep.tokenizer_files import load_tokenizer
 
 LOOP = "{% for m in messages %}BODY{% endfor %}"

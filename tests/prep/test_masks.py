@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tiny
 from dft_common.errors import DataError, SetupError
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.checks import self_check
-from dft_prep.render import RenderRefusal
+from dft_prep.encode.checks import self_check
+from dft_prep.template.render import RenderRefusal
 from dft_prep.tokenizer_files import load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40).filter(str.strip)
@@ -64,9 +64,9 @@ def test_every_reply_is_live_verbatim_whatever_it_holds(chatml_encoder, contents
 def chatml_encoder(tokenizer):
     import datetime
 
-    from dft_prep.encode import BatchEncoder
-    from dft_prep.encoders import ReferenceEncoder
-    from dft_prep.render import Renderer
+    from dft_prep.encode.batch import BatchEncoder
+    from dft_prep.encode.encoders import ReferenceEncoder
+    from dft_prep.template.render import Renderer
 
     reference = ReferenceEncoder(tokenizer)
     renderer = Renderer(tiny.CHATML, tokenizer, datetime.date(2026, 1, 31))

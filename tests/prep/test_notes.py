@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from dft_prep import units
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import Unit, plan_units
+from dft_prep.sources import units
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import Unit, plan_units
 
 GOOD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from dft_common.errors import DataError
 from dft_common.manifest import SplitInfo
 from dft_common.packs import Lost, PackIndex, PackIndexInfo, Slice
-from dft_prep import pack, shards
-from dft_prep.pack import PackOptions, best_fit_decreasing, pack_split
-from dft_prep.report import describe_index
-from dft_prep.rows import Rows
-from dft_prep.shards import ShardWriter
-from dft_prep.split import KEY_DTYPE
+from dft_prep.pipeline.report import describe_index
+from dft_prep.shards import pack
+from dft_prep.shards import writer as shards
+from dft_prep.shards.pack import PackOptions, best_fit_decreasing, pack_split
+from dft_prep.shards.rows import Rows
+from dft_prep.shards.split import KEY_DTYPE
+from dft_prep.shards.writer import ShardWriter
 
 CAPACITY = 64
 
@@ -108,7 +109,7 @@ MASKS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     masks=MASKS,
     overlong=st.sampled_from(["truncate", "split", "drop"]),
@@ -155,7 +156,7 @@ def slow_lost(masks: list[list[bool]], slices: list[Slice], chosen: list[bool]) 
     return Lost(rows=len(losses), tokens=sum(t for t, _ in losses), trained_tokens=sum(t for _, t in losses))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks=MASKS, overlong=st.sampled_from(["truncate", "split", "drop"]))
 def test_what_is_kept_and_what_is_lost_add_up_to_the_rows(tmp_path_factory, masks, overlong):
     directory = tmp_path_factory.mktemp("split")
@@ -166,7 +167,7 @@ def test_what_is_kept_and_what_is_lost_add_up_to_the_rows(tmp_path_factory, mask
     assert all(piece.end - piece.start <= LIMIT for piece in slices)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks=MASKS)
 def test_a_truncated_row_keeps_its_start_and_ends_in_a_trained_token(tmp_path_factory, masks):
     _, slices = pack_rows(tmp_path_factory.mktemp("split"), masks, max_length=LIMIT, overlong="truncate")
@@ -179,7 +180,7 @@ def test_a_truncated_row_keeps_its_start_and_ends_in_a_trained_token(tmp_path_fa
             assert mask[piece.end - 1] and not any(mask[piece.end : LIMIT])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks=MASKS)
 def test_split_leaves_out_only_context_and_first_tokens_and_cuts_only_turns_that_are_too_long(tmp_path_factory, masks):
     _, slices = pack_rows(tmp_path_factory.mktemp("split"), masks, max_length=LIMIT, overlong="split")

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dft_prep import files, parquet
-from dft_prep.files import FileError
-from dft_prep.parquet import parquet_rows
-from dft_prep.sources import SourceFile, resolve_sources
+from dft_prep.sources import files, parquet
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import SourceFile, resolve_sources
+from dft_prep.sources.parquet import parquet_rows
 
 
 @pytest.fixture

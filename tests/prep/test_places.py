@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dft_prep.reconcile import reconcile
+from dft_prep.reconcile.record import reconcile
 
 CONVERSATION = [
     {"role": "user", "content": "q"},

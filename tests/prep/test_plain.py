@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Finding
-from dft_prep.plain import PlainReader
-from dft_prep.readers import RawRecord
-from dft_prep.validate import Judge, Judged
+from dft_prep.judge.judgement import Judge, Judged
+from dft_prep.judge.plain import PlainReader
+from dft_prep.sources.readers import RawRecord
 
 PLAIN = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TEXT = st.text(alphabet='ab"\\\n\u2028é\x00{}:,', max_size=8)
@@ -93,7 +93,7 @@ def in_sharegpts_words(text: str) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.lists(RECORDS, max_size=6),
     st.sampled_from(["", '"id": 3, ', '"id": 3, "meta": {}, ']),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dft_prep.converters import RecordError
-from dft_prep.reconcile import reconcile
+from dft_prep.reconcile.converters import RecordError
+from dft_prep.reconcile.record import reconcile
 
 Q = {"role": "user", "content": "q"}
 A = {"role": "assistant", "content": " a\u2028\n"}

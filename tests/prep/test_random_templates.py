@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import tiny
 from dft_common.records import Conversation, Message
-from dft_prep.render import Renderer, RenderRefusal
+from dft_prep.template.render import Renderer, RenderRefusal
 from dft_prep.tokenizer_files import TokenizerFiles
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -184,7 +184,7 @@ def tokenizer() -> TokenizerFiles:
     return TokenizerFiles(origin="tiny", tokenizer_json=json, config=config, chat_template=None, side_files={})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(source=templates(), conversation=conversations())
 def test_what_is_trained_is_what_inference_would_have_generated(source, conversation):
     renderer = Renderer(source, tokenizer(), DATE)

@@ -16,10 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.errors import DataError
-from dft_prep import readers, units
-from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.sources import SourceFile, resolve_sources
-from dft_prep.units import Unit, plan_units, unit_fingerprint
+from dft_prep.sources import readers, units
+from dft_prep.sources.named import SourceFile, resolve_sources
+from dft_prep.sources.readers import RawRecord, UnitReader
+from dft_prep.sources.units import Unit, plan_units, unit_fingerprint
 
 RECORDS = [json.dumps({"n": number, "text": "é\u2028" * number}, ensure_ascii=False).encode() for number in range(50)]
 LINES = b"\n".join(RECORDS) + b"\n"
@@ -46,7 +46,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PIECES, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.integers(1, 60))
 def test_ranges_cover_every_line_exactly_once_whatever_their_size(tmp_path_factory, parts, end, last, bom, size):
     data = (b"\xef\xbb\xbf" if bom else b"") + end.join(parts) + (end if last else b"")
@@ -72,7 +72,7 @@ def test_ranges_cover_every_line_exactly_once_whatever_their_size(tmp_path_facto
     assert lines == data.count(b"\n")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(PIECES, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.integers(1, 40))
 @example([b'{"a": 1}', b'{"a": 1}'], b"\r\n", True, True, 2)
 @example([b'{"a": 1}'], b"\r\n", True, False, 9)

@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Message, ToolCall
-from dft_prep.codes import CODES
-from dft_prep.converters import RecordError
-from dft_prep.fields import FieldCounts, field_uses, fields_of
-from dft_prep.reconcile import Reconciled, reconcile
+from dft_prep.codes.table import CODES
+from dft_prep.reconcile.converters import RecordError
+from dft_prep.reconcile.fields import FieldCounts, field_uses, fields_of
+from dft_prep.reconcile.record import Reconciled, reconcile
 
 TEXTS = st.text(max_size=30) | st.sampled_from(
     [
@@ -70,7 +70,7 @@ SHAPES = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TEXTS, TEXTS)
 @example("\u2028 \r\n", "  leading, trailing \n\n")
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,7 +82,7 @@ def test_no_shape_changes_a_character(shape, question, reply):
     assert record == before
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TEXTS.filter(bool), TEXTS, TEXTS)
 def test_alpaca_joins_instruction_and_input_by_one_newline_and_adds_nothing(instruction, extra, reply):
     for key in ("output", "response"):
@@ -447,7 +447,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(JSON, st.sampled_from(["messages", "conversations", "instruction"]))
 def test_any_json_is_taken_or_refused_with_a_known_code(value, key):
     for record in (value, {key: value, "output": "x"}, {key: [value, {"role": "assistant", "content": "a"}]}):

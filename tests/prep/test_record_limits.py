@@ -18,11 +18,11 @@ import pytest
 import zstandard
 
 from dft_common.records import Finding
-from dft_prep import readers, units
-from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged, quarantine_line
+from dft_prep.judge.judgement import Judge, Judged, quarantine_line
+from dft_prep.sources import readers, units
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import RawRecord, UnitReader
+from dft_prep.sources.units import plan_units
 
 HEAD = b'{"messages": [{"role": "user", "content": "q%d"}, {"role": "assistant", "content": "'
 END = b'"}]}'

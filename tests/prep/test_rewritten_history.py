@@ -6,7 +6,7 @@ import pytest
 
 import tiny
 from dft_common.records import Conversation, Message
-from dft_prep.render import RenderRefusal
+from dft_prep.template.render import RenderRefusal
 
 
 def reasoned(*weights: float) -> Conversation:

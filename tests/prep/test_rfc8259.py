@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dft_common.records import Finding
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged
+from dft_prep.judge.judgement import Judge, Judged
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import plan_units
 
 # Clause -> texts that are JSON values by it.
 LEGAL = {

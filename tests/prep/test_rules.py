@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.codes import CODES
-from dft_prep.rules import SHORTEST_REPEATED, find_oddities
+from dft_prep.codes.table import CODES
+from dft_prep.judge.rules import SHORTEST_REPEATED, find_oddities
 
 LONG = "Paris is the capital of France."
 
@@ -144,7 +144,7 @@ def test_every_control_character_and_noncharacter_is_found_and_no_other():
             assert found == [("control_characters", 1, "content")] * unwanted(character), ascii(before + character)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from(["\\", "u", "0007", "b", "f", "\x07", "\b", "é", "\x85", "，", "\ufdd0", "\n", '"', "😀"]))
 )
@@ -162,7 +162,7 @@ TURNS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(TURNS, min_size=1, max_size=7))
 def test_the_quick_look_lets_nothing_pass_that_the_rules_find(turns):
     """As `found_in`, and against the rules said in another way."""

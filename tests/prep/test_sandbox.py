@@ -11,10 +11,10 @@ import pytest
 import tiny
 from dft_common.errors import SetupError
 from dft_common.records import Conversation, Message
-from dft_prep import sandbox
-from dft_prep.render import Renderer, RenderRefusal
-from dft_prep.template import ChatTemplate, TemplateRefusal
-from dft_prep.trace import mark_messages
+from dft_prep.template import sandbox
+from dft_prep.template.compiled import ChatTemplate, TemplateRefusal
+from dft_prep.template.render import Renderer, RenderRefusal
+from dft_prep.template.trace import mark_messages
 
 DATE = datetime.date(2026, 1, 31)
 ENDLESS = {

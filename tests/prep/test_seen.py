@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep import seen
-from dft_prep.seen import Seen, seen_rows
-from dft_prep.split import conversation_key, same_key
+from dft_prep.shards.split import conversation_key, same_key
+from dft_prep.validate import seen
+from dft_prep.validate.seen import Seen, seen_rows
 
 
 def fill(units: list[list[int]]) -> Seen:
@@ -22,7 +22,7 @@ def fill(units: list[list[int]]) -> Seen:
     return found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=5), st.integers(0, 8), st.booleans())
 def test_every_record_whose_conversation_came_before_is_found_in_order(units, most, spilled):
     before: dict[int, tuple[int, int]] = {}
@@ -69,7 +69,7 @@ MESSAGES = st.lists(
 CONVERSATIONS = st.builds(Conversation, messages=MESSAGES, tools=st.just(()) | st.just(({"name": "f"},)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(CONVERSATIONS, CONVERSATIONS)
 def test_the_quick_key_tells_apart_what_a_build_tells_apart(one, other):
     assert (same_key(one) == same_key(other)) == (conversation_key(one) == conversation_key(other))

@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
-from dft_prep.files import FileError
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import Unit, plan_units
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import Unit, plan_units
 
 GOOD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
 

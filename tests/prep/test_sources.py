@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from dft_common.errors import SetupError
-from dft_prep.files import FileError
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.units import plan_units
 
 LINE = b'{"messages": []}\n'
 
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_opened_is_told_when_it_is_read(corpus):
 def test_a_missing_driver_is_named():
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from dft_prep.sources import resolve_sources\n"
+        "from dft_prep.sources.named import resolve_sources\n"
         "from dft_common.errors import SetupError\n"
         "try: resolve_sources(['s3://bucket/a.jsonl'])\n"
         "except SetupError as error: print(error.message)\n"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dft_common.records import Conversation, Message
-from dft_prep.split import KEY_DTYPE, conversation_key, duplicates, in_validation
+from dft_prep.shards.split import KEY_DTYPE, conversation_key, duplicates, in_validation
 
 
 def conversation(*contents: str, weight: float = 1.0) -> Conversation:

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from dft_common.errors import SetupError
-from dft_prep.stops import stop_warnings
+from dft_prep.pipeline.stops import stop_warnings
 from dft_prep.tokenizer_files import load_tokenizer
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from dft_prep.template import ChatTemplate, TemplateRefusal
-from dft_prep.trace import mark_messages
+from dft_prep.template.compiled import ChatTemplate, TemplateRefusal
+from dft_prep.template.trace import mark_messages
 
 DATE = datetime.date(2026, 1, 31)
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import tiny
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.validate.command import ValidateOptions, run_validate
 
 # Prints the two sides alone, trimmed, and nothing else of a conversation.
 BARE = (

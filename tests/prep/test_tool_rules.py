@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from dft_common.records import Conversation, Message, ToolCall
-from dft_prep.codes import CODES
-from dft_prep.declared_tools import find_misfit
-from dft_prep.oddities import Oddity
-from dft_prep.rules import find_oddities
+from dft_prep.codes.table import CODES
+from dft_prep.judge.declared_tools import find_misfit
+from dft_prep.judge.oddities import Oddity
+from dft_prep.judge.rules import find_oddities
 
 USER, REPLY = Message(role="user", content="q"), Message(role="assistant", content="a")
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from dft_prep.template import ChatTemplate
-from dft_prep.trace import MarkedText, mark_messages
+from dft_prep.template.compiled import ChatTemplate
+from dft_prep.template.trace import MarkedText, mark_messages
 
 DATE = datetime.date(2026, 1, 31)
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}

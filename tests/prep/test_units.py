@@ -10,11 +10,11 @@ import pytest
 import zstandard
 
 from dft_common.errors import DataError
-from dft_prep import units
-from dft_prep.files import FileError
-from dft_prep.readers import UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import line_range, plan_units, unit_fingerprint
+from dft_prep.sources import units
+from dft_prep.sources.files import FileError
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import UnitReader
+from dft_prep.sources.units import line_range, plan_units, unit_fingerprint
 
 RECORD = b'{"messages": [{"role": "user", "content": "q"}]}'
 PRETTY = json.dumps(json.loads(RECORD), indent=2).encode()

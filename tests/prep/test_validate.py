@@ -10,11 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dft_common.records import Conversation, Finding
-from dft_prep.codes import CODES
-from dft_prep.readers import RawRecord, UnitReader
-from dft_prep.sources import resolve_sources
-from dft_prep.units import plan_units
-from dft_prep.validate import Judge, Judged, quarantine_line
+from dft_prep.codes.table import CODES
+from dft_prep.judge.judgement import Judge, Judged, quarantine_line
+from dft_prep.sources.named import resolve_sources
+from dft_prep.sources.readers import RawRecord, UnitReader
+from dft_prep.sources.units import plan_units
 
 HEAD = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'
 GOOD = HEAD + b"}"
@@ -196,7 +196,7 @@ def test_notes_keep_the_record(messages, notes):
     assert all(note.severity == "warning" for note in judged.notes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=80), st.integers(0, len(GOOD)), st.integers(0, 6), st.booleans())
 @example(b"\xff", 20, 0, False)
 @example(b"\\", 50, 1, True)

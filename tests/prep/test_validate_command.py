@@ -10,12 +10,13 @@ import pytest
 
 import tiny
 from dft_common.errors import SetupError
-from dft_prep import engine, units
-from dft_prep.ngrams import make_ngrams
-from dft_prep.severities import Severities
-from dft_prep.sources import resolve_sources
-from dft_prep.survey import Room, SurveyContext, SurveyJob
-from dft_prep.validate_command import ValidateOptions, run_validate
+from dft_prep.codes.severities import Severities
+from dft_prep.judge.ngrams import make_ngrams
+from dft_prep.pipeline import engine
+from dft_prep.sources import units
+from dft_prep.sources.named import resolve_sources
+from dft_prep.validate.command import ValidateOptions, run_validate
+from dft_prep.validate.survey import Room, SurveyContext, SurveyJob
 
 GOOD = [json.dumps(record).encode() for record in tiny.numbered(400)]
 NO_REPLY = json.dumps({"messages": tiny.turns("nobody answers")}).encode()
@@ -140,7 +141,7 @@ def test_a_severity_that_cannot_be_is_refused(validate, tmp_path, flags, said):
 
 def test_what_is_found_is_sent_while_a_large_unit_is_still_read(tmp_path, monkeypatch):
     """An archive is one unit, and may be 100 GB."""
-    monkeypatch.setattr("dft_prep.survey._PORTION_SECONDS", 0.0)
+    monkeypatch.setattr("dft_prep.validate.survey._PORTION_SECONDS", 0.0)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n".join([NO_REPLY, *GOOD * 10]) + b"\n"))
     (source,) = resolve_sources([str(path)])
@@ -173,7 +174,7 @@ def test_a_unit_sends_no_more_than_can_be_shown():
 
 
 def test_units_that_finish_early_never_cost_the_front_its_findings(validate, tmp_path, monkeypatch):
-    monkeypatch.setattr("dft_prep.validate_command._HELD_FINDINGS", 1)
+    monkeypatch.setattr("dft_prep.validate.command._HELD_FINDINGS", 1)
     write(tmp_path / "a.jsonl", [NO_REPLY, *GOOD[:40]] * 6)
     _, found = validate("a.jsonl", max_errors=6, ignore=("duplicate",))
     assert places(found, "no_assistant") == [("a.jsonl", 1 + 41 * number) for number in range(6)]

@@ -6,6 +6,7 @@ Prints, as JSON, for each case a list of (exit code, seconds from the first end 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 GRACE_SECONDS = 1.5
+AT_ONCE = 4
 
 
 def _wait_for(source: int) -> None:
@@ -93,7 +95,7 @@ def _run_rank(rank: int, case: str) -> int:
 
     from dft_common import logs
     from dft_common.errors import DftError, report_error
-    from dft_train import watch
+    from dft_train.ranks import watch
 
     watch.GRACE_SECONDS = GRACE_SECONDS
     logs.setup()
@@ -123,7 +125,7 @@ def _become_rank(rank: int, case: str, environment: dict[str, str], output: Path
 
 
 def _run(case: str, folder: Path) -> list[tuple[int, float, str]]:
-    from dft_train.launch import free_port
+    from dft_train.ranks.launch import free_port
 
     shared = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pids = {}
@@ -143,7 +145,9 @@ def _run(case: str, folder: Path) -> list[tuple[int, float, str]]:
 if __name__ == "__main__":
     import torch.distributed  # noqa: F401
 
-    import dft_train.watch  # noqa: F401
+    import dft_train.ranks.watch  # noqa: F401
 
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps({case: _run(case, Path(folder)) for case in sys.argv[1:]}))
+    # Ranks mostly wait for one another, so a few meetings go on at once.
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("fork").Pool(AT_ONCE) as pool:
+        ends = pool.starmap(_run, [(case, Path(folder)) for case in sys.argv[1:]], chunksize=1)
+        print(json.dumps(dict(zip(sys.argv[1:], ends, strict=True))))

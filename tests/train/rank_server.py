@@ -151,12 +151,14 @@ if __name__ == "__main__":
     # What a library prints on import is no reply.
     _replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from dft_train import launch, trainer  # noqa: F401
+    from dft_train import trainer  # noqa: F401
+    from dft_train.ranks import launch
 
     launch.quieten()
     launch.quieten_transformers()
     import deepspeed  # noqa: F401
 
-    from dft_train import loop, training_arguments  # noqa: F401
+    from dft_train import loop  # noqa: F401
+    from dft_train.settings import training_arguments  # noqa: F401
 
     _serve(_replies)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dft_train.metrics import MEASURED
+from dft_train.metrics.sums import MEASURED
 from train import handmade
 
 _MEASURED = {*MEASURED, "eval_tokens_per_second", "eval_runtime", "train_runtime"}

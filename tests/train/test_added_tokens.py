@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from dft_common.manifest import read_manifest
-from dft_train.model import add_rows
+from dft_train.models.load import add_rows
 from train import handmade
 
 NEW_END, NEW_START = "<|new_end|>", "<|new_start|>"

@@ -8,7 +8,7 @@ import time
 
 import torch.distributed as dist
 
-from dft_train.agree import Agreement
+from dft_train.ranks.agree import Agreement
 
 
 def run_ranks(count, folder, work):

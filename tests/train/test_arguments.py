@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dft_common.errors import SetupError
-from dft_train.arguments import OWN_FLAGS, REFUSED, STATIC_FLAGS, TRAINING_FLAGS, Settings
-from dft_train.cli import choose_command
+from dft_train.settings.arguments import OWN_FLAGS, REFUSED, STATIC_FLAGS, TRAINING_FLAGS, Settings
+from dft_train.train_command import choose_command
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def test_listed_flags_are_fields_of_training_arguments_of_the_same_kind():
 
     from transformers import TrainingArguments
 
-    from dft_train.training_fields import training_flags
+    from dft_train.settings.training_fields import training_flags
 
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {flag.name for flag in TRAINING_FLAGS} <= fields

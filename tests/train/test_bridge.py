@@ -14,13 +14,13 @@ import pytest
 from dft_common.errors import SetupError
 from dft_common.manifest import encode_json, write_atomically
 from dft_train import bridge
-from dft_train.arguments import make_settings
+from dft_train.settings.arguments import make_settings
 from train import handmade
 
 
 @pytest.fixture
 def settings(tmp_path):
-    from dft_train.arguments import STATIC_FLAGS
+    from dft_train.settings.arguments import STATIC_FLAGS
 
     values = {flag.name: flag.default for flag in STATIC_FLAGS}
     given = {"data_files": ("a.jsonl", {"name": "b", "path": "b.json"}), "model_name_or_path": "m", "max_length": 128}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dft_common.manifest import read_manifest
-from dft_train.card import MARK, Origin, Progress, is_ours, model_card, origin_record
+from dft_train.release.card import MARK, Origin, Progress, is_ours, model_card, origin_record
 from train import handmade
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dft_train import checkpoints
-from dft_train.checkpoints import (
+from dft_train.checkpoints import whole as checkpoints
+from dft_train.checkpoints.whole import (
     Contents,
     checkpoints_in,
     entries_of,

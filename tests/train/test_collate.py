@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from dft_common.manifest import read_manifest
 from dft_common.packs import PackIndex
 from dft_common.reader import Row
-from dft_train.collate import EMPTY_TOKENS, FLASH, collate
-from dft_train.dataset import PackedSplit
-from dft_train.head import shift
-from dft_train.sampler import MicroBatch
+from dft_train.data.collate import EMPTY_TOKENS, FLASH, collate
+from dft_train.data.dataset import PackedSplit
+from dft_train.data.sampler import MicroBatch
+from dft_train.models.head import shift
 
 
 def row(ids, mask, weights=None) -> Row:
@@ -63,7 +63,7 @@ def test_a_batch_knows_its_packs_and_its_step(dataset):
     assert empty.pack_tokens == () and empty.step_tokens == 500
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_no_label_crosses_a_border(masks):
     rows = [row([10 * at + k for k in range(len(mask))], mask) for at, mask in enumerate(masks)]

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft_common.errors import SetupError
-from dft_train import deepspeed_checks
-from dft_train.deepspeed_config import Precision, choose_precision, read_deepspeed, working_copy
+from dft_train.settings import deepspeed_checks
+from dft_train.settings.deepspeed_config import Precision, choose_precision, read_deepspeed, working_copy
 from train import handmade
 from train.test_arguments import users_flags
 
@@ -204,7 +204,7 @@ def test_a_key_that_deepspeed_does_not_know():
 @pytest.fixture
 def settings(tmp_path):
     """Settings with --deepspeed and one flag that the file may give too."""
-    from dft_train.arguments import STATIC_FLAGS, make_settings
+    from dft_train.settings.arguments import STATIC_FLAGS, make_settings
 
     def make(config: dict, **training):
         values = {flag.name: flag.default for flag in STATIC_FLAGS}

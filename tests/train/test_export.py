@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dft_train import export
-from dft_train.export import write_model
-from dft_train.release import Release
-from dft_train.tensor_file import TensorFile
-from dft_train.weight_plan import make_plan
+from dft_train.release.directory import Release
+from dft_train.weights import export
+from dft_train.weights.export import write_model
+from dft_train.weights.tensor_file import TensorFile
+from dft_train.weights.weight_plan import make_plan
 from train import handmade
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -248,7 +248,7 @@ def _convert(wanted: dict[str, tuple[str, ...]]):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_piece_by_piece_gives_what_the_whole_gives(data):
     names = [f"w{at}" for at in range(data.draw(st.integers(1, 6)))]
     model = {name: torch.randn(data.draw(st.sampled_from([2, 4])), 3) for name in names}
@@ -297,7 +297,7 @@ _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint
     ),
     st.randoms(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_written_in_any_order_is_that_of_safetensors(tmp_path_factory, specs, random):
     directory = tmp_path_factory.mktemp("file")
     held = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in specs.items() if name.isprintable()}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dft_train.flops import PEAK_TFLOPS, attended_pairs, model_work, pack_flops, peak_flops
+from dft_train.data.flops import PEAK_TFLOPS, attended_pairs, model_work, pack_flops, peak_flops
 
 SIZES = {
     "vocab_size": 97,

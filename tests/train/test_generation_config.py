@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from dft_train.model import teach_to_stop
+from dft_train.models.load import teach_to_stop
 from train import handmade
 
 

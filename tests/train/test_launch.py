@@ -11,12 +11,13 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from dft_common.errors import SetupError
-from dft_train import cli, launch
+from dft_train import train_command
+from dft_train.ranks import launch
 
 WAITS = """
 import sys
 import torch.distributed as dist
-from dft_train import launch
+from dft_train.ranks import launch
 launch.MEET_SECONDS = 1.0
 with launch.meeting():
     dist.init_process_group("gloo")
@@ -67,10 +68,10 @@ def test_a_mistake_of_all_is_told_by_the_first_of_a_node_alone(monkeypatch, tmp_
     monkeypatch.setattr(launch, "ALONE_SECONDS", 0.1)
     monkeypatch.delenv(launch.ERROR_FILE, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert cli._speaks()
+    assert train_command._speaks()
     monkeypatch.setenv("LOCAL_RANK", "1")
     began = time.monotonic()
-    assert cli._speaks()
+    assert train_command._speaks()
     assert time.monotonic() - began >= 0.1
     monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
-    assert not cli._speaks()
+    assert not train_command._speaks()

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from dft_common.manifest import read_manifest
-from dft_train.dataset import PackedSplit, train_sampler
-from dft_train.sampler import Layout as Deal
+from dft_train.data.dataset import PackedSplit, train_sampler
+from dft_train.data.sampler import Layout as Deal
 from train import handmade
 from train.same_run import assert_same_run, assert_same_weights, history
 

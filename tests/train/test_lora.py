@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dft_common.errors import SetupError
 from dft_common.manifest import read_manifest
 from dft_common.schema import IGNORE_INDEX
-from dft_train import lora
-from dft_train.collate import sequence_inputs
-from dft_train.export import write_model
-from dft_train.head import HeadTap, LossRequest
-from dft_train.lora_flags import ALL_LINEAR, LoraSettings
+from dft_train.data.collate import sequence_inputs
+from dft_train.models import lora
+from dft_train.models.head import HeadTap, LossRequest
 from dft_train.objectives import OBJECTIVES
+from dft_train.settings.lora_flags import ALL_LINEAR, LoraSettings
+from dft_train.weights.export import write_model
 from train import handmade
 from train.same_run import assert_same_logs
 

@@ -15,8 +15,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from dft_common.errors import SetupError
 from dft_train import three_products
-from dft_train.head import HeadTap, LossRequest
 from dft_train.loss import linear_dft_loss
+from dft_train.models.head import HeadTap, LossRequest
 from dft_train.objectives import OBJECTIVES
 
 OPTIONS = {
@@ -135,7 +135,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(three_products, "BLOCK_ELEMENTS", 3 * 8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 40),
     vocab=st.integers(2, 70),

@@ -10,11 +10,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dft_train.collate import sequence_inputs
-from dft_train.head import HeadTap, LossRequest
-from dft_train.memory import PARTS, MemoryRequest, predict
-from dft_train.plan import ways_to_save
-from dft_train.shape import ModelShape, count_parameters, few_layers, measure
+from dft_train.data.collate import sequence_inputs
+from dft_train.models.head import HeadTap, LossRequest
+from dft_train.plan.forecast import ways_to_save
+from dft_train.plan.memory import PARTS, MemoryRequest, predict
+from dft_train.plan.shape import ModelShape, count_parameters, few_layers, measure
 
 TOKENS = 256
 SIZES = {

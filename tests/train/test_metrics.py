@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerState
 
-from dft_train.journal import JOURNAL_NAME, Journal, encode_line
+from dft_train.data.sampler import Layout, StepSampler
 from dft_train.loss import P_BINS, LossStats, linear_dft_loss
-from dft_train.metrics import BINS, FIELDS, MEASURED, SourceSums, Speed, StepSums, peak_memory_gib, ratios
-from dft_train.sampler import Layout, StepSampler
+from dft_train.metrics.journal import JOURNAL_NAME, Journal, encode_line
+from dft_train.metrics.sums import BINS, FIELDS, MEASURED, SourceSums, Speed, StepSums, peak_memory_gib, ratios
 from train import handmade
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_every_number_is_a_mean_over_the_live_tokens_of_all_ranks():
     assert len(BINS) == P_BINS and set(FIELDS.values()) <= set(LossStats._fields)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=5))
 def test_the_worst_of_the_ranks_comes_with_the_sums_in_one_collective(measured):
     sent: list[torch.Tensor] = []
@@ -182,7 +182,7 @@ def test_a_fresh_start_keeps_an_older_file_aside(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a device that is always full")
 def test_a_full_disk_costs_lines_and_one_warning(tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr("dft_train.launch.warn", lambda message, *values: warned.append(message % values))
+    monkeypatch.setattr("dft_train.ranks.launch.warn", lambda message, *values: warned.append(message % values))
     made, state = journal(tmp_path, [])
     (tmp_path / JOURNAL_NAME).symlink_to("/dev/full")
     for step in (1, 2):

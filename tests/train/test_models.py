@@ -16,10 +16,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.reader import Row
-from dft_train.collate import collate
-from dft_train.head import HeadTap, LossRequest
-from dft_train.probe import inputs_for, probe_logits, probe_packing
-from dft_train.recurrent import recurrent_layers, reset_states
+from dft_train.data.collate import collate
+from dft_train.guards.probe import inputs_for, probe_logits, probe_packing
+from dft_train.models.head import HeadTap, LossRequest
+from dft_train.models.recurrent import recurrent_layers, reset_states
 from train import handmade, oracle
 
 VOCAB, ALPHA, COUNT = 64, 0.7, 10.0

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from dft_common.errors import SetupError
-from dft_train import bridge, slurm
-from dft_train.launch import LAUNCH_ID, free_port
+from dft_train import bridge
+from dft_train.ranks import slurm
+from dft_train.ranks.launch import LAUNCH_ID, free_port
 from train import handmade
 from train.conftest import BIN
 from train.test_arguments import REPO, parse

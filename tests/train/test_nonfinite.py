@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dft_train.nonfinite import DeepSpeedStep, PlainStep
-from dft_train.trace import StepTrace
+from dft_train.faults.nonfinite import DeepSpeedStep, PlainStep
+from dft_train.faults.trace import StepTrace
 from train import handmade
 
 ODD = "Zwölf?"

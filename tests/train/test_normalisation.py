@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dft_common.manifest import read_manifest
-from dft_train.dataset import PackedSplit, train_sampler
-from dft_train.head import HeadTap, LossRequest
-from dft_train.sampler import Layout
+from dft_train.data.dataset import PackedSplit, train_sampler
+from dft_train.data.sampler import Layout
+from dft_train.models.head import HeadTap, LossRequest
 from train import handmade, oracle
 
 ALPHA = 0.6
@@ -90,7 +90,7 @@ def expected(world: World, split: PackedSplit, global_batch: int, step: int) -> 
     return sum(world.losses[piece.row] for piece in slices) / count, gradient / count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     number=st.sampled_from([0, 1]),
     per_device=st.integers(1, 3),

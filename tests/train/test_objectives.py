@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dft_common.errors import SetupError
-from dft_train.arguments import OWN_FLAGS
-from dft_train.cli import choose_command
 from dft_train.objectives import OBJECTIVES, OPTIONS, RowFacts, with_defaults
+from dft_train.settings.arguments import OWN_FLAGS
+from dft_train.train_command import choose_command
 from train.same_run import assert_same_run
 from train.test_arguments import COMMON, parse
 

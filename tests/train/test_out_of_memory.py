@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from dft_common.errors import SetupError
-from dft_train import loss, model, out_of_memory, trace
-from dft_train.out_of_memory import Memory, Situation, describe, hints, is_out_of_memory, known_ways, where_of
+from dft_train import loss
+from dft_train.faults import out_of_memory, trace
+from dft_train.faults.out_of_memory import Memory, Situation, describe, hints, is_out_of_memory, known_ways, where_of
+from dft_train.models import load as model
 
 BIG = 1 << 50
 GIB = 1 << 30
@@ -70,7 +72,7 @@ def test_the_message_says_where(tmp_path, train_here, qwen3, dataset, monkeypatc
 
 
 def test_in_an_evaluation_its_batch_is_what_counts(tmp_path, train_here, qwen3, dataset, monkeypatch):
-    from dft_train.metrics import SourceSums
+    from dft_train.metrics.sums import SourceSums
 
     monkeypatch.setattr(SourceSums, "add", after(SourceSums.add))
     flags = ("--model_name_or_path", qwen3, "--dataset_dir", dataset, "--output_dir", tmp_path / "run", "--eval_only")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dft_train import plan
+from dft_train.plan import forecast as plan
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dft_common.manifest import read_manifest, write_manifest
-from dft_train.prefetch import THREAD_NAME, StepReader, read_ahead
+from dft_train.data.prefetch import THREAD_NAME, StepReader, read_ahead
 
 
 def readers():
@@ -44,7 +44,7 @@ class Counted:
         return self.read - 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(items=st.integers(0, 12), count=st.integers(1, 5), epochs=st.integers(1, 3))
 def test_steps_get_the_same_items_in_the_same_order(items, count, epochs):
     reader = StepReader()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dft_common.errors import SetupError
-from dft_train import ranks as parent
+from dft_train.ranks import start as parent
 from train import handmade
 
 LAUNCHERS_OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID")
@@ -116,7 +116,7 @@ def test_no_rank_is_left_behind_where_the_parent_is_killed(tmp_path):
     script = (
         "import os, sys, time\n"
         "sys.path[:] = %r\n"
-        "from dft_train import ranks\n"
+        "from dft_train.ranks import start as ranks\n"
         "if ranks.started_here():\n"
         "    ranks.follow_parent()\n"
         "    open(%r + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
@@ -169,7 +169,7 @@ def test_another_launcher_is_refused(monkeypatch, environment, found):
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     import torch
 
-    from dft_train import launch
+    from dft_train.ranks import launch
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dft_common.errors import DataError
-from dft_train.reshard import WEIGHT, Source, _optimizer_state, _Place
+from dft_train.checkpoints.reshard import WEIGHT, Source, _optimizer_state, _Place
 
 SHAPES = [{"a": torch.Size((3, 5)), "b": torch.Size((7,))}, {"c": torch.Size((2,)), "d": torch.Size((4, 4))}]
 

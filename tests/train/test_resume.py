@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dft_train.checkpoints import read_contents
+from dft_train.checkpoints.whole import read_contents
 from train import handmade
 from train.same_run import assert_same_logs, assert_same_run, assert_same_weights, history
 
@@ -90,7 +90,7 @@ def test_a_run_that_has_done_its_steps_does_none_more(accumulating, train_here, 
 
 def test_what_was_trained_before_is_not_read_again(dataset, dropout, accumulating, train_here, tmp_path, monkeypatch):
     """transformers#40691: hours of reading what is thrown away."""
-    from dft_train.dataset import PackedSplit
+    from dft_train.data.dataset import PackedSplit
 
     read: list[tuple[int, ...]] = []
     real = PackedSplit.__getitem__

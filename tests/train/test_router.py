@@ -12,11 +12,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from dft_common.errors import SetupError
 from dft_common.manifest import read_manifest
-from dft_train.collate import collate
-from dft_train.dataset import PackedSplit, train_sampler
-from dft_train.head import HeadTap, LossRequest
-from dft_train.router import RouterLoss, balance_loss, router_loss
-from dft_train.sampler import Layout
+from dft_train.data.collate import collate
+from dft_train.data.dataset import PackedSplit, train_sampler
+from dft_train.data.sampler import Layout
+from dft_train.models.head import HeadTap, LossRequest
+from dft_train.models.router import RouterLoss, balance_loss, router_loss
 from train import handmade
 from train.same_run import assert_same_run, history
 from train.test_models import EXPERTS, assert_gradients, random_rows

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dft_train.sampler import WINDOW_BLOCKS, Layout, StepSampler, deal, epoch_order, waiting_cost
+from dft_train.data.sampler import WINDOW_BLOCKS, Layout, StepSampler, deal, epoch_order, waiting_cost
 
 
 def samplers(blocks, lives, per_device, accumulation, world_size, seed=7, epoch=0):
@@ -22,7 +22,7 @@ def samplers(blocks, lives, per_device, accumulation, world_size, seed=7, epoch=
     return made
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     packs=st.integers(1, 60),
     per_device=st.integers(1, 3),
@@ -96,7 +96,7 @@ def steps(draw):
     return draw(st.lists(st.integers(0, 1000).map(float), min_size=packs, max_size=packs)), layout
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps())
 def test_a_deal_is_a_partition_of_the_step_and_no_rank_has_two_packs_more_than_another(step):
     costs, layout = step
@@ -109,14 +109,14 @@ def test_a_deal_is_a_partition_of_the_step_and_no_rank_has_two_packs_more_than_a
     assert max(by_rank) - min(by_rank) <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps())
 def test_ranks_never_wait_longer_than_if_packs_were_dealt_in_turn(step):
     costs, layout = step
     assert waiting_cost(deal(costs, layout), costs) <= waiting_cost(in_turn(len(costs), layout), costs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps())
 def test_with_one_pack_a_micro_batch_no_deal_waits_less(step):
     costs, layout = step
@@ -127,7 +127,7 @@ def test_with_one_pack_a_micro_batch_no_deal_waits_less(step):
     assert waiting_cost(dealt, costs) == sum(sorted(costs, reverse=True)[:: layout.world_size])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(steps())
 def test_totals_of_a_deal_by_cost_differ_by_one_micro_batch_at_most(step):
     costs, layout = step

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dft_train.checkpoints import checkpoints_in, what_is_damaged, what_is_missing
+from dft_train.checkpoints.whole import checkpoints_in, what_is_damaged, what_is_missing
 from train import handmade
 
 FLAGS = ("--learning_rate", 3e-3, "--logging_steps", 2, "--save_steps", 1, "--per_device_train_batch_size", 2)
@@ -61,7 +61,7 @@ def test_one_that_cannot_be_written_is_tried_again_at_the_next(
     sizes, dataset, qwen3, train_here, tmp_path, monkeypatch
 ):
     """By a limit on the size of files, which any user can set: it holds while steps 2 and 3 are saved."""
-    from dft_train import checkpointed, saving
+    from dft_train.checkpoints import checkpointed, saving
 
     real = saving.save_checkpoint
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from dft_train import checks, signals
-from dft_train.command_line import _launcher, _short, resuming
-from dft_train.signals import Signals, Stopped
+from dft_train.ranks import signals
+from dft_train.ranks.signals import Signals, Stopped
+from dft_train.settings import checks
+from dft_train.settings.command_line import _launcher, _short, resuming
 from train import handmade
 
 
@@ -154,7 +155,7 @@ def test_what_was_caught_before_is_caught_again():
 
 STUCK = """
 import ctypes, sys
-from dft_train import signals
+from dft_train.ranks import signals
 signals.REPEAT_SECONDS, signals.START_SECONDS = 0.2, 0.2
 with signals.Signals() as caught:
     if sys.argv[1] == "trains":

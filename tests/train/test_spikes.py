@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dft_train.spikes import MIN_STEPS, NAME, Spikes
+from dft_train.faults.spikes import MIN_STEPS, NAME, Spikes
 from train import handmade
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dft_common.errors import SetupError
-from dft_train.checkpoints import read_state
-from dft_train.metrics import BINS
-from dft_train.trackers import TRACKERS, check_trackers
+from dft_train.checkpoints.whole import read_state
+from dft_train.metrics.sums import BINS
+from dft_train.metrics.trackers import TRACKERS, check_trackers
 from train import handmade
 from train.rank_server import RankServer
 

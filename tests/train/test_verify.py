@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from dft_common.manifest import read_manifest
-from dft_train import loop, verify, verify_layouts
-from dft_train.dataset import PackedSplit
-from dft_train.verify import choose_layers, largest_difference
-from dft_train.verify_excerpt import write_excerpt
-from dft_train.verify_flags import PASSED_ON, as_words, verify_flags
-from dft_train.verify_layouts import Layout, layouts
+from dft_train import loop
+from dft_train.data.dataset import PackedSplit
+from dft_train.verify import command as verify
+from dft_train.verify import layouts as verify_layouts
+from dft_train.verify.command import choose_layers, largest_difference
+from dft_train.verify.excerpt import write_excerpt
+from dft_train.verify.flags import PASSED_ON, as_words, verify_flags
+from dft_train.verify.layouts import Layout, layouts
 from train import handmade
 
 
@@ -140,7 +142,7 @@ def test_the_difference_is_by_tensor_and_noise_around_zero_is_none():
 
 
 def test_projections_show_a_difference_anywhere():
-    from dft_train.verify_rank import _projected
+    from dft_train.verify.rank import _projected
 
     gradient = torch.randn(4096, generator=torch.Generator().manual_seed(0))
     changed = gradient.clone()

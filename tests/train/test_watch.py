@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dft_train import launch, watch_sockets
+from dft_train.ranks import launch, watch_sockets
 from train import meeting
 
 SOON = 20.0

@@ -30,8 +30,8 @@ from dft_common.errors import EXIT_INTERRUPTED, SetupError
 from dft_common.fingerprint import hash_object
 from dft_common.flags import to_arguments
 from dft_common.manifest import encode_json, write_atomically
-from dft_train.arguments import Settings
-from dft_train.launch import LAUNCH_ID, local_world_size
+from dft_train.ranks.launch import LAUNCH_ID, local_world_size
+from dft_train.settings.arguments import Settings
 
 DATASET_NAME = "dataset"
 HEARTBEAT_SECONDS = 1.0

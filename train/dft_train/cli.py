@@ -1,124 +1,16 @@
-"""The command `dft-train`: a click group whose default command is `train`. Parses first, imports torch after.
-
-Known flags are listed in `arguments`; where a command line (or its --config file) has another, the fields of
-TrainingArguments are looked up, and a flag that is not there either is an error that names the nearest one.
-"""
+"""The command `dft-train`: a click group whose default command is `train`."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from dft_common.errors import DftError, SetupError
-from dft_common.flags import Flag, FlagCommand, load_config, nearest, run_command
-from dft_train import launch, ranks, slurm
-from dft_train.arguments import STATIC_FLAGS, TRAINING_FLAGS, make_settings
-from dft_train.verify_flags import VERIFY_HELP, verify_flags
-
-TRAIN_HELP = (
-    "Train a model on a dataset of `dft-prep build` with the DFT loss (arXiv 2508.05629). Runs alone, under torchrun "
-    "(`torchrun --nproc_per_node N -m dft_train ...`) and under DeepSpeed (`deepspeed --num_gpus=N --module dft_train "
-    "...`). Every field of transformers' TrainingArguments is a flag too: --help_all lists them."
-)
-_ALWAYS = ("help", "help_all", "config")
-
-
-def _train(**values: Any) -> int:
-    context = click.get_current_context()
-    default = click.core.ParameterSource.DEFAULT
-    given = {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
-    command = context.command
-    assert isinstance(command, TrainCommand)
-    try:
-        settings = make_settings(values, given, command.training_names)
-        if settings.num_gpus and not settings.dry_run and not ranks.started_here():
-            return ranks.run_ranks(settings.num_gpus, context.meta["arguments"])
-        from dft_train.trainer import run
-
-        return run(settings)
-    except DftError as error:
-        if _speaks():
-            raise
-        return error.exit_code
-
-
-def _speaks() -> bool:
-    """Before the ranks meet, all of them find the same mistake: the first process of each node tells it, and another
-    only where it alone has found one."""
-    torch = sys.modules.get("torch")
-    met = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return met or os.environ.get("LOCAL_RANK", "0") in ("0", "-1") or launch.alone_with_it()
-
-
-def _show_all(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        click.echo(make_train_command(every_field=True).get_help(context))
-        context.exit()
-
-
-class TrainCommand(FlagCommand):
-    """`dft-train train`, with the names of those flags that go to TrainingArguments."""
-
-    def __init__(self, flags: Sequence[Flag], training_names: frozenset[str]) -> None:
-        super().__init__("train", _train, flags, help=TRAIN_HELP)
-        self.training_names = training_names
-        show = click.Option(
-            ["--help_all"],
-            is_flag=True,
-            is_eager=True,
-            expose_value=False,
-            callback=_show_all,
-            help="Show every field of TrainingArguments too, and exit.",
-        )
-        self.params.append(show)
-
-
-def make_train_command(*, every_field: bool) -> TrainCommand:
-    """The command with the flags of `--help`, or with every field of TrainingArguments (imports transformers)."""
-    flags = {flag.name: flag for flag in STATIC_FLAGS}
-    training = {flag.name for flag in TRAINING_FLAGS}
-    if every_field:
-        from dft_train.training_fields import training_flags
-
-        more = training_flags()
-        training |= set(more)
-        flags = {**more, **flags}
-    return TrainCommand(list(flags.values()), frozenset(training))
-
-
-def _flag_names(arguments: Sequence[str]) -> list[str]:
-    """Names of the flags in `arguments`, those of a --config file included, with underscores."""
-    names = [argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")]
-    for at, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--config":
-            path = value if equals else "".join(arguments[at + 1 : at + 2])
-            if path:
-                names += load_config(path)
-    return [name for name in names if name]
-
-
-def _spellings(command: FlagCommand) -> set[str]:
-    return {spelling for flag in command.flags for spelling in flag.spellings} | set(_ALWAYS)
-
-
-def choose_command(arguments: Sequence[str]) -> TrainCommand:
-    """The smallest command that knows every flag of `arguments`. Raises SetupError for an unknown flag."""
-    command = make_train_command(every_field=False)
-    if set(_flag_names(arguments)) <= _spellings(command):
-        return command
-    command = make_train_command(every_field=True)
-    on_line = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    for name in sorted(on_line - _spellings(command) - {""}):
-        raise SetupError(
-            f"unknown flag --{name}{nearest(name, _spellings(command))}",
-            remedy="`dft-train --help` lists the flags, `--help_all` those of TrainingArguments too",
-        )
-    return command
+from dft_common.flags import FlagCommand, run_command
+from dft_train.ranks import slurm
+from dft_train.train_command import choose_command
+from dft_train.verify.flags import VERIFY_HELP, verify_flags
 
 
 class _Group(click.Group):
@@ -143,7 +35,7 @@ def _verify(**values: Any) -> int:
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     given = {name: value for name, value in values.items() if context.get_parameter_source(name) is not default}
-    from dft_train.verify import run
+    from dft_train.verify.command import run
 
     return run(values, given)
 

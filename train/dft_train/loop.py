@@ -19,28 +19,28 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_callback import PrinterCallback
 
-from dft_train.card import progress
-from dft_train.checkpointed import CheckpointedTrainer
-from dft_train.checkpoints import RunState
-from dft_train.collate import Batch
-from dft_train.console import ConsoleLines
-from dft_train.dataset import EpochLoader, PackedSplit, eval_sampler, make_loader, train_sampler
-from dft_train.export import read_model
-from dft_train.faults import EvaluationStopped, Faults
-from dft_train.flops import model_work, pack_flops, peak_flops
-from dft_train.guards import Guard, ask_model, verdict_key
-from dft_train.head import HeadTap, LossRequest
-from dft_train.journal import Journal
-from dft_train.lora import is_adapted, plain_model
+from dft_train.checkpoints.checkpointed import CheckpointedTrainer
+from dft_train.checkpoints.whole import RunState
+from dft_train.data.collate import Batch
+from dft_train.data.dataset import EpochLoader, PackedSplit, eval_sampler, make_loader, train_sampler
+from dft_train.data.flops import model_work, pack_flops, peak_flops
+from dft_train.data.prefetch import StepReader, read_ahead
+from dft_train.data.sampler import eval_layout, train_layout
+from dft_train.faults.step import EvaluationStopped, Faults
+from dft_train.guards.first_batch import Guard, ask_model, verdict_key
+from dft_train.guards.probe import LogitTransform
 from dft_train.loss import LossStats
-from dft_train.metrics import Clock, SourceSums, Speed, StepSums, peak_memory_gib, ratios
-from dft_train.prefetch import StepReader, read_ahead
-from dft_train.probe import LogitTransform
-from dft_train.release import Release
-from dft_train.router import router_loss
-from dft_train.sampler import eval_layout, train_layout
+from dft_train.metrics.console import ConsoleLines
+from dft_train.metrics.journal import Journal
+from dft_train.metrics.sums import Clock, SourceSums, Speed, StepSums, peak_memory_gib, ratios
+from dft_train.models.head import HeadTap, LossRequest
+from dft_train.models.lora import is_adapted, plain_model
+from dft_train.models.router import router_loss
+from dft_train.ranks.signals import Signals
+from dft_train.release.card import progress
+from dft_train.release.directory import Release
 from dft_train.schedule import AlphaSchedule
-from dft_train.signals import Signals
+from dft_train.weights.export import read_model
 
 
 class DftTrainer(CheckpointedTrainer):

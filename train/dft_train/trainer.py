@@ -1,7 +1,7 @@
 """A training run from beginning to end, on one page. Called by `cli` with parsed settings.
 
 1. the dataset: given, or built now (`bridge`); 2. refusals, before anything is slow (`checks`); 3. the plan
-(`plan`); 4. the model (`model`); 5. training or evaluation (`loop`); 6. what is left behind (`checkpoints`).
+(`plan`); 4. the model (`models`); 5. training or evaluation (`loop`); 6. what is left behind (`checkpoints`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dft_common.errors import DataError
 from dft_common.manifest import Manifest, encode_json, read_manifest, write_atomically
 from dft_common.reader import SplitReader
 from dft_common.schema import TRAIN
-from dft_train import checks, launch
-from dft_train.arguments import Settings
 from dft_train.bridge import built_dataset
-from dft_train.deepspeed_checks import adopt
-from dft_train.out_of_memory import Situation, explained, look_at, predicted_ways
-from dft_train.ranks import follow_parent
-from dft_train.signals import Signals, Stopped
-from dft_train.watch import Ranks
+from dft_train.faults.out_of_memory import Situation, explained, look_at, predicted_ways
+from dft_train.ranks import launch
+from dft_train.ranks.signals import Signals, Stopped
+from dft_train.ranks.start import follow_parent
+from dft_train.ranks.watch import Ranks
+from dft_train.settings import checks
+from dft_train.settings.arguments import Settings
+from dft_train.settings.deepspeed_checks import adopt
 
 EVAL_RESULTS_NAME = "eval_results.json"
 
@@ -67,7 +68,7 @@ def _open(settings: Settings, directory: Path) -> _Data:
     checks.check_template(settings, directory)
     max_length = settings.max_length or manifest.recipe["max_length"]
     checks.check_length(max_length, config)
-    from dft_train.dataset import PackedSplit
+    from dft_train.data.dataset import PackedSplit
 
     def split(name: str) -> PackedSplit:
         return PackedSplit(directory, manifest, name, max_length, attention, settings.build.get("packing"))
@@ -93,11 +94,11 @@ def _refuse_nothing_to_evaluate(settings: Settings, data: _Data) -> None:
 
 
 def _make_trainer(settings: Settings, data: _Data, args: Any, signals: Signals) -> Any:
-    from dft_train.card import make_origin
     from dft_train.loop import DftTrainer
-    from dft_train.lora import is_adapted, with_adapter
-    from dft_train.model import end_of_turn_id, load_model, teach_to_stop
-    from dft_train.release import Release
+    from dft_train.models.load import end_of_turn_id, load_model, teach_to_stop
+    from dft_train.models.lora import is_adapted, with_adapter
+    from dft_train.release.card import make_origin
+    from dft_train.release.directory import Release
 
     started = time.monotonic()
     model = load_model(settings, args, data.manifest, data.attention)
@@ -143,9 +144,9 @@ def _evaluate(settings: Settings, data: _Data, args: Any, signals: Signals) -> N
 
 def _train(settings: Settings, data: _Data, args: Any, signals: Signals) -> int:
     """The exit code."""
-    from dft_train.checkpoints import check_same_steps, read_state, step_of
-    from dft_train.resume import choose_checkpoint
-    from dft_train.trackers import open_trackers
+    from dft_train.checkpoints.resume import choose_checkpoint
+    from dft_train.checkpoints.whole import check_same_steps, read_state, step_of
+    from dft_train.metrics.trackers import open_trackers
 
     trainer = _make_trainer(settings, data, args, signals)
     checkpoint = choose_checkpoint(settings, trainer.agreement)
@@ -193,9 +194,9 @@ def _run(settings: Settings, signals: Signals) -> int:
             launch.quieten_transformers()
             data = _open(settings, directory)
             _refuse_nothing_to_evaluate(settings, data)
-            from dft_train.plan import describe, planned_layout, print_plan, report_memory
-            from dft_train.resume import fit_accumulation
-            from dft_train.training_arguments import make_training_arguments
+            from dft_train.checkpoints.resume import fit_accumulation
+            from dft_train.plan.forecast import describe, planned_layout, print_plan, report_memory
+            from dft_train.settings.training_arguments import make_training_arguments
 
             settings = fit_accumulation(settings)
             args = make_training_arguments(settings, evaluates=data.evaluation is not None)

@@ -1,0 +1,3 @@
+"""Rendered text -> token ids and mask, piece by piece (`batch`), by an encoder that is held against another
+(`checks`).
+"""

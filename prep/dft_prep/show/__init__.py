@@ -1,0 +1,1 @@
+"""The commands that show rows: `preview` of files, `inspection` of a dataset; `segments` -> `printing`."""

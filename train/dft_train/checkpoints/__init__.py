@@ -1,0 +1,3 @@
+"""Checkpoints: what a `whole` one is, `saving` one on all ranks, `resume`, and going on with other ranks
+(`reshard`).
+"""

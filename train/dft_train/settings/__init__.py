@@ -1,0 +1,3 @@
+"""What the user asked for: `arguments`, what they become for transformers, and the refusals before a model is
+loaded.
+"""

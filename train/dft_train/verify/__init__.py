@@ -1,0 +1,1 @@
+"""The command `dft-train verify`: two steps in several layouts, compared. `command` is its page."""
