@@ -25,6 +25,16 @@ def test_mapping_one_of_two_fields_chooses_it(field):
     assert said(record, fields={field: f"$.{field}"}) == [("user", "q"), ("assistant", f"of {field}")]
 
 
+def test_mapping_one_of_two_fields_of_a_message_chooses_it():
+    turn = {"role": "assistant", "content": "of content", "value": "of value", "weight": 1, "train": False}
+    record = {"messages": [{"role": "user", "content": "q", "value": "q", "train": True}, turn]}
+    with pytest.raises(RecordError, match="differ"):
+        reconcile(record)
+    mapping = {"messages[].content": "value", "messages[].weight": "train"}
+    message = reconcile(record, parse_reading({"fields": mapping})).conversation.messages[1]
+    assert (message.content, message.weight) == ("of value", 0.0)
+
+
 def test_a_recipe_may_force_a_format():
     messages = [{"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
     record = {"messages": messages, "prompt": "q", "completion": "a"}

@@ -199,7 +199,7 @@ def test_tool_call_parts_are_calls_and_a_turn_of_calls_alone_has_no_content():
     assert message.tool_calls == (ToolCall(name="f", arguments='{"title": "Inception"}', verbatim=text),)
 
 
-@pytest.mark.parametrize("key", ["weight", "train", "loss_weight"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss_weight", "loss"])
 def test_a_weight_is_a_truth_or_a_number_from_0_to_1(key):
     assert [reply(content="a", **{key: value}).weight for value in (0, False, 1, True, 0.25, None)] == [
         0.0,
@@ -209,6 +209,34 @@ def test_a_weight_is_a_truth_or_a_number_from_0_to_1(key):
         0.25,
         1.0,
     ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": "a", "weight": 1, "train": False},
+        {"content": "a", "reasoning": "r", "reasoning_content": "s"},
+        {"content": [{"type": "thinking", "thinking": "r"}, {"type": "text", "text": "a"}], "reasoning": "s"},
+        {"content": "a", "value": "b"},
+        {"content": "a", "from": "human"},
+    ],
+    ids=["weights", "reasoning", "reasoning-in-parts", "contents", "roles"],
+)
+def test_fields_of_a_message_that_contradict_each_other_are_ambiguous(fields):
+    with pytest.raises(RecordError) as refusal:
+        reply(**fields)
+    assert (refusal.value.code, refusal.value.path) == ("ambiguous_shape", "$.messages[1]")
+    assert "recipe" in refusal.value.help
+    assert all(f"`{key}`" in refusal.value.message for key in fields if key != "content" or "value" in fields)
+
+
+def test_fields_of_a_message_that_agree_or_are_empty_are_no_contradiction():
+    message = reply(
+        **{"content": "", "value": "a", "from": "gpt", "weight": 0, "train": False, "reasoning": "r"},
+        reasoning_content="",
+        thinking="r",
+    )
+    assert message == Message(role="assistant", content="a", reasoning="r", weight=0.0)
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f", "p": 1.5}], '[{"name": "f", "p": 1.5}]'])

@@ -17,6 +17,7 @@ from dft_common.errors import SetupError
 from dft_common.records import ROLES
 from dft_prep.reconcile.converters import RecordError
 from dft_prep.reconcile.formats import FORMATS, SHARED_FIELDS
+from dft_prep.reconcile.formats.places import ALIKE
 
 READING_KEYS = ("format", "fields", "roles")
 _NOTHING = object()
@@ -135,6 +136,8 @@ def _mapped_message(message: Any, names: Mapping[str, str], within: str) -> Any:
     if not isinstance(message, dict):
         return message
     used = {steps_of(path)[0] for path in names.values()}
+    # What the recipe maps comes before what else might be meant.
+    used.update(key for alike in ALIKE if not names.keys().isdisjoint(alike) for key in alike)
     rest = {key: value for key, value in message.items() if key not in used}
     return {**rest, **{name: _found(message, path, within) for name, path in names.items()}}
 

@@ -16,8 +16,11 @@ from dft_prep.reconcile.converters import (
     value_of_part,
 )
 
-WEIGHT_KEYS = ("weight", "train", "loss_weight")
+WEIGHT_KEYS = ("weight", "train", "loss_weight", "loss")
+"""What a message's loss counts for; `loss` is ms-swift's and XTuner's."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+ALIKE = (("role", "from"), ("content", "value"), WEIGHT_KEYS, REASONING_KEYS)
+"""Names of one part of a message: those that are there must agree."""
 
 
 def role_key(item: Mapping[str, Any]) -> str:
@@ -25,7 +28,9 @@ def role_key(item: Mapping[str, Any]) -> str:
 
 
 def content_key(item: Mapping[str, Any]) -> str:
-    return "value" if item.get("content") is None and "value" in item else "content"
+    # An empty one beside one that says something is no content.
+    content, value = item.get("content"), item.get("value")
+    return "value" if "value" in item and (content is None or (not content and value)) else "content"
 
 
 def path_of_part(item: Mapping[str, Any], part: str) -> str:

@@ -131,9 +131,21 @@ def read_message(item: Any, key: str, number: int, turns: Turns, *, sharegpt: bo
     refuse_media(item, path)
     speaker, said = role_key(item), content_key(item)
     known = SHAREGPT_ROLES if sharegpt or "from" in item else OPENAI_ROLES
+    if "value" in item or "from" in item:
+        _refuse_contradictions(item, turns.known(known), path)
     role = to_role(item.get(speaker), turns.known(known), f"{path}.{speaker}")
     content = _content(item, item.get(speaker), path, said)
     turns.add(_made_message(role, content, item, path, said), key, number, item)
+
+
+def _refuse_contradictions(item: Mapping[str, Any], known: Mapping[str, str], path: str) -> None:
+    """Raise RecordError where a message has two roles or two contents that differ."""
+    roles = {key: known[item[key]] for key in ("role", "from") if isinstance(item.get(key), str) and item[key] in known}
+    contents = [item[key] for key in ("content", "value") if isinstance(item.get(key), str | list) and item[key]]
+    if len(set(roles.values())) > 1:
+        raise _contradiction(("role", "from"), "role", path)
+    if len(contents) > 1 and contents[0] != contents[1]:
+        raise _contradiction(("content", "value"), "content", path)
 
 
 def _made_message(role: str, content: Content, item: Mapping[str, Any], path: str, said: str) -> Message:
@@ -153,7 +165,7 @@ def _made_message(role: str, content: Content, item: Mapping[str, Any], path: st
         tool_calls=content.tool_calls,
         name=_optional_text(item, "name", path),
         tool_call_id=_optional_text(item, "tool_call_id", path),
-        weight=_weight(item, path),
+        weight=weight_of(item, path),
     )
 
 
@@ -169,22 +181,35 @@ def _content(item: Mapping[str, Any], raw_role: Any, path: str, said: str) -> Co
     # Parquet writes the absent call of a column of calls as one whose fields are null.
     if legacy and not (isinstance(legacy, dict) and all(field is None for field in legacy.values())):
         calls += (to_tool_call(legacy, f"{path}.function_call"),)
-    reasoning = content.reasoning
-    for key in REASONING_KEYS:
-        if reasoning is None and item.get(key) is not None:
-            reasoning = _optional_text(item, key, path)
-    return Content(text=content.text, reasoning=reasoning, tool_calls=calls)
+    return Content(text=content.text, reasoning=_reasoning(item, content.reasoning, path, said), tool_calls=calls)
+
+
+def _reasoning(item: Mapping[str, Any], of_parts: str | None, path: str, said: str) -> str | None:
+    found = {said: of_parts} if of_parts is not None else {}
+    found |= {key: to_text(item[key], f"{path}.{key}") for key in REASONING_KEYS if item.get(key) is not None}
+    filled = {key: text for key, text in found.items() if text} or found
+    if len(set(filled.values())) > 1:
+        raise _contradiction(list(filled), REASONING_KEYS[0], path)
+    return next(iter(filled.values()), None)
 
 
 def _optional_text(item: Mapping[str, Any], key: str, path: str) -> str | None:
     return to_text(item[key], f"{path}.{key}") if item.get(key) is not None else None
 
 
-def _weight(item: Mapping[str, Any], path: str) -> float:
-    for key in WEIGHT_KEYS:
-        if item.get(key) is not None:
-            return to_weight(item[key], f"{path}.{key}")
-    return 1.0
+def weight_of(item: Mapping[str, Any], path: str) -> float:
+    """What the loss on a message counts for. Raises RecordError."""
+    found = {key: to_weight(item[key], f"{path}.{key}") for key in WEIGHT_KEYS if item.get(key) is not None}
+    if len(set(found.values())) > 1:
+        raise _contradiction(list(found), "weight", path)
+    return next(iter(found.values()), 1.0)
+
+
+def _contradiction(keys: Sequence[str], field: str, path: str) -> RecordError:
+    """Fields of one message that say different things of the same. field: what a recipe calls it."""
+    shown = " and ".join(f"`{key}`" for key in keys)
+    help = f"keep one, or map it in a recipe (`fields: {{messages[].{field}: {keys[-1]}}}`)"
+    return RecordError("ambiguous_shape", path, f"{shown} of the message differ, and may each be meant", help)
 
 
 def read_history(value: Any, turns: Turns) -> None:
