@@ -313,6 +313,29 @@ def test_what_does_not_read_as_a_whole_is_refused(record, code):
     assert refusal.value.code == code
 
 
+def test_a_whole_exchange_keeps_what_is_said_of_its_reply():
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    exchange = {"human": "q", "assistant": "a", "weight": 0, "reasoning_content": "r", "tool_calls": [call]}
+    reply = reconcile({"conversation": [exchange]}).conversation.messages[1]
+    calls = (ToolCall(name="f", arguments="{}", id="1"),)
+    assert reply == Message(role="assistant", content="a", weight=0.0, reasoning="r", tool_calls=calls)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "path"),
+    [
+        ({"images": ["a.png"]}, "media_part", "$.conversation[0].images"),
+        ({"bot": "b"}, "ambiguous_shape", "$.conversation[0]"),
+        ({"user": "r"}, "ambiguous_shape", "$.conversation[0]"),
+        ({"weight": 2}, "bad_weight", "$.conversation[0].weight"),
+    ],
+)
+def test_an_exchange_that_cannot_be_read_is_refused(more, code, path):
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"conversation": [{"human": "q", "assistant": "a", **more}]})
+    assert (refusal.value.code, refusal.value.path) == (code, path)
+
+
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", DOC, re.MULTILINE)
 

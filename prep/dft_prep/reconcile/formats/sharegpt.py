@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dft_common.records import Message
-from dft_prep.reconcile.converters import CALL_ROLES, SHAREGPT_ROLES, to_text
+from dft_prep.reconcile.converters import CALL_ROLES, SHAREGPT_ROLES, RecordError, refuse_media, to_text
 from dft_prep.reconcile.formats.choices import is_only_prompt
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, listed, read_message, the_one
+from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, listed, made_message, read_message, the_one
 
 CONVERSATIONS = ("conversations", "conversation")
 _EXCHANGES: dict[str, str] = {
@@ -50,11 +50,22 @@ def _is_exchange(item: Mapping[str, Any]) -> bool:
 
 
 def _read_exchange(item: Mapping[str, Any], key: str, number: int, turns: Turns) -> None:
+    path = f"$.{key}[{number}]"
+    refuse_media(item, path)
+    said: dict[str, str] = {}
     for name, role in _EXCHANGES.items():
-        text = item.get(name)
-        if text is not None and (text or role != "system"):
-            field = f"{key}[{number}].{name}"
-            turns.add_text(role, to_text(text, f"$.{field}"), field)
+        if item.get(name) is None or (not item[name] and role == "system"):
+            continue
+        if role in said and item[said[role]] != item[name]:
+            message = f"`{said[role]}` and `{name}` are two turns of the {role} in one exchange"
+            raise RecordError("ambiguous_shape", path, message, "keep one, or write each turn as an object of its own")
+        said.setdefault(role, name)
+    for role, name in said.items():
+        field = f"{key}[{number}].{name}"
+        if role == "assistant":
+            turns.add(made_message(role, item, path, name), field, -1, None)
+        else:
+            turns.add_text(role, to_text(item[name], f"$.{field}"), field)
 
 
 SHAREGPT = Format(

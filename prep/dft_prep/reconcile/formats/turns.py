@@ -60,16 +60,15 @@ class Turns:
         """`names` of roles, and those of the recipe."""
         return {**names, **self.roles} if self.roles else names
 
-    def add(self, message: Message, key: str, index: int, item: Mapping[str, Any]) -> None:
+    def add(self, message: Message, key: str, index: int, item: Mapping[str, Any] | None) -> None:
         """key: the field it stands in; index: its place in that list, or -1 where the field is no list; item: its
-        object, whose keys and parts stand where its author wrote them."""
+        object, whose keys and parts stand where its author wrote them, or None where the field is its text."""
         self.messages.append(message)
         self._origins.append((key, index, item))
 
     def add_text(self, role: Any, text: str, key: str) -> None:
         """A message that is one field's text."""
-        self.messages.append(Message(role=role, content=text))
-        self._origins.append((key, -1, None))
+        self.add(Message(role=role, content=text), key, -1, None)
 
     def add_first(self, message: Message, key: str) -> None:
         self.messages.insert(0, message)
@@ -134,8 +133,7 @@ def read_message(item: Any, key: str, number: int, turns: Turns, *, sharegpt: bo
     if "value" in item or "from" in item:
         _refuse_contradictions(item, turns.known(known), path)
     role = to_role(item.get(speaker), turns.known(known), f"{path}.{speaker}")
-    content = _content(item, item.get(speaker), path, said)
-    turns.add(_made_message(role, content, item, path, said), key, number, item)
+    turns.add(made_message(role, item, path, said, item.get(speaker)), key, number, item)
 
 
 def _refuse_contradictions(item: Mapping[str, Any], known: Mapping[str, str], path: str) -> None:
@@ -148,8 +146,12 @@ def _refuse_contradictions(item: Mapping[str, Any], known: Mapping[str, str], pa
         raise _contradiction(("content", "value"), "content", path)
 
 
-def _made_message(role: str, content: Content, item: Mapping[str, Any], path: str, said: str) -> Message:
-    """The message of a role and its content, with the other fields of its object. Raises RecordError."""
+def made_message(role: str, item: Mapping[str, Any], path: str, said: str, raw_role: Any = None) -> Message:
+    """The message of a role, its content in the field `said`, with the other fields of its object. Raises RecordError.
+
+    raw_role: what the data calls the role, where that may say that the content is a call.
+    """
+    content = _content(item, raw_role, path, said)
     if content.tool_calls and role != "assistant":
         message = f"the {role} turn calls a tool"
         raise RecordError("bad_tool_calls", path, message, "only assistant turns call tools: repair the role")
