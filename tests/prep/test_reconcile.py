@@ -244,6 +244,57 @@ def test_tools_are_a_list_or_its_json(tools):
     assert reconcile({**SHAPES["sharegpt"]("q", "a"), "tools": tools}).conversation.tools == ({"name": "f", "p": 1.5},)
 
 
+@pytest.mark.parametrize("tools", [['{"name": "f"}', "f(x): as said"], json.dumps(['{"name": "f"}', "f(x): as said"])])
+def test_each_tool_may_be_json_text_or_its_authors_own_words(tools):
+    expected = ({"name": "f"}, "f(x): as said")
+    assert reconcile({**SHAPES["messages"]("q", "a"), "tools": tools}).conversation.tools == expected
+
+
+HALF = '"\\ud800"'
+
+
+@pytest.mark.parametrize(
+    ("record", "code", "path"),
+    [
+        ({"tools": f'[{{"name": {HALF}}}]'}, "lone_surrogate", "$.tools"),
+        ({"tools": [f'{{"name": {HALF}}}']}, "lone_surrogate", "$.tools[0]"),
+        ({"tools": '[{"name": "f", "p": 1e999}]'}, "bad_tools", "$.tools"),
+        ({"tools": ['{"name": "f"']}, "bad_tools", "$.tools[0]"),
+        ({"call": {"name": "f", "arguments": f'{{"x": {HALF}}}'}}, "lone_surrogate", "$.messages[1].tool_calls[0]"),
+        (
+            {"call": {"function": {"name": "f", "arguments": f'{{"x": {HALF}}}'}}},
+            "lone_surrogate",
+            "$.messages[1].tool_calls[0]",
+        ),
+    ],
+)
+def test_json_within_a_text_may_hold_nothing_that_cannot_be_written(record, code, path):
+    """A whole build ended in a traceback at a template that takes arguments or tools as objects."""
+    messages = SHAPES["messages"]("q", "a")["messages"]
+    if "call" in record:
+        messages[1]["tool_calls"] = [record.pop("call")]
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"messages": messages, **record})
+    assert refusal.value.code == code
+    assert refusal.value.path.removesuffix(".arguments") == path
+
+
+@pytest.mark.parametrize("write", [lambda calls: calls, json.dumps], ids=["list", "text"])
+def test_calls_in_any_of_their_forms_may_be_json_text(write):
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":  1}'}},
+        {"name": "g", "parameters": {"b": 2}},
+        {"name": "h", "arguments": None},
+    ]
+    message = reply(content="", tool_calls=write(calls))
+    assert [(call.id, call.name, call.arguments.replace(" ", "")) for call in message.tool_calls] == [
+        ("1", "f", '{"a":1}'),
+        (None, "g", '{"b":2}'),
+        (None, "h", "{}"),
+    ]
+    assert message.tool_calls[0].arguments == '{"a":  1}'
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_no_tools_may_be_said_in_many_ways(tools):
     assert reconcile({**SHAPES["messages"]("q", "a"), "tools": tools}).conversation.tools == ()

@@ -172,28 +172,69 @@ def _is_blank(value: Any) -> bool:
     return all(map(_is_blank, value)) if isinstance(value, list) else not value or isinstance(value, bool | int | float)
 
 
-class _WrittenCall(msgspec.Struct):
+_NO_ARGUMENTS = msgspec.Raw(b"null")
+
+
+class _WrittenFunction(msgspec.Struct):
     name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"{}")
+    arguments: msgspec.Raw = _NO_ARGUMENTS
+    parameters: msgspec.Raw = _NO_ARGUMENTS
 
 
-def _written_arguments(raw: msgspec.Raw) -> str:
-    text = bytes(raw).decode()
-    # Arguments that are a JSON text inside a JSON text.
-    return msgspec.json.decode(raw) if text.startswith('"') else text
+class _WrittenCall(msgspec.Struct):
+    """A function with its arguments, or OpenAI's form, where these stand one level deeper."""
+
+    name: str | None = None
+    arguments: msgspec.Raw = _NO_ARGUMENTS
+    parameters: msgspec.Raw = _NO_ARGUMENTS
+    function: _WrittenFunction | None = None
+    id: Any = None
+
+    def call(self, verbatim: str | None = None) -> ToolCall:
+        function = self.function or self
+        if function.name is None:
+            raise msgspec.ValidationError("Object missing required field `name`")
+        written = (bytes(raw).decode() for raw in (function.arguments, function.parameters))
+        text = next((text for text in written if text != "null"), "{}")
+        return ToolCall(
+            name=function.name,
+            # Arguments that are a JSON text inside a JSON text.
+            arguments=msgspec.json.decode(text) if text.startswith('"') else text,
+            id=self.id if isinstance(self.id, str) else None,
+            verbatim=verbatim,
+        )
 
 
 def to_tool_calls_from_text(text: str, path: str) -> list[ToolCall]:
     """A call that the source wrote as JSON text, or a list of calls. The arguments stay as they were written."""
     try:
         if text.lstrip().startswith("["):
-            written = msgspec.json.decode(text, type=list[_WrittenCall])
-            return [ToolCall(name=call.name, arguments=_written_arguments(call.arguments)) for call in written]
-        call = msgspec.json.decode(text, type=_WrittenCall)
-        return [ToolCall(name=call.name, arguments=_written_arguments(call.arguments), verbatim=text)]
+            calls = [written.call() for written in msgspec.json.decode(text, type=list[_WrittenCall])]
+        else:
+            calls = [msgspec.json.decode(text, type=_WrittenCall).call(text)]
     except (msgspec.MsgspecError, RecursionError) as error:
         message = f"not a tool call as JSON with a name: {error}"
         raise RecordError("bad_tool_calls", path, message, 'write it as {"name": ..., "arguments": {...}}') from None
+    for call in calls:
+        _refuse_half_pairs(call.arguments, path)
+    return calls
+
+
+def _refuse_half_pairs(arguments: str, path: str) -> None:
+    """Raise RecordError for arguments that a template which takes them as an object could not print as characters."""
+    if "\\u" not in arguments:
+        return
+    try:
+        json.dumps(json.loads(arguments), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _half_pair(error, path) from None
+    except (ValueError, RecursionError):
+        pass  # no JSON: printed as the text that it is
+
+
+def _half_pair(error: UnicodeEncodeError, path: str) -> RecordError:
+    found = f"half a surrogate pair, {error.object[error.start]!a}, which is no character"
+    return RecordError("lone_surrogate", path, found, "repair the escape")
 
 
 def to_tool_call(value: Any, path: str) -> ToolCall:
@@ -211,6 +252,8 @@ def to_tool_call(value: Any, path: str) -> ToolCall:
         arguments = "{}"
     elif not isinstance(arguments, str):
         arguments = compact_json(arguments, f"{path}.arguments")
+    else:
+        _refuse_half_pairs(arguments, f"{path}.arguments")
     identity = value.get("id")
     return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
 
@@ -237,10 +280,7 @@ def to_tools(value: Any, path: str) -> tuple[Any, ...]:
     if isinstance(value, str):
         if not value.strip():
             return ()
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RecordError("bad_tools", path, f"not JSON: {error}", "write the tools as a list") from None
+        value = _tools_of_text(value, path)
     if isinstance(value, dict):
         value = [value]
     if value is None:
@@ -248,7 +288,23 @@ def to_tools(value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list) or not all(isinstance(tool, dict | str) for tool in value):
         message = f"got {type_name(value)}, expected a list of tools"
         raise RecordError("bad_tools", path, message, "write each tool as an object, its JSON schema")
-    return tuple(value)
+    # Parquet often has each tool as JSON text; a text of another kind is a tool in its author's own words.
+    return tuple(
+        _tools_of_text(tool, f"{path}[{number}]") if isinstance(tool, str) and tool.lstrip().startswith("{") else tool
+        for number, tool in enumerate(value)
+    )
+
+
+def _tools_of_text(text: str, path: str) -> Any:
+    """Tools that are JSON text. Raises RecordError also for what is legal there and could not be written again."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise _half_pair(error, path) from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError("bad_tools", path, f"not JSON: {error}", "write the tools as a list") from None
+    return value
 
 
 def to_weight(value: Any, path: str) -> float:
