@@ -54,6 +54,7 @@ RECORDS = {
     "alpaca": lambda q, a, r, b: {"instruction": r, "input": "", "output": b, "history": [[q, a]]},
     "ms_swift": lambda q, a, r, b: {"query": r, "response": b, "history": [[q, a]]},
     "ultrachat": lambda q, a, r, b: {"id": "7", "data": [q, a, r, b]},
+    "prompt_completion": lambda q, a, r, b: {"prompt": r, "response": b, "history": [[q, a]]},
     "prompt_completion messages": lambda q, a, r, b: {
         "prompt": [
             {"role": "user", "content": q},

@@ -21,6 +21,7 @@ RECORDS = {
     "instruction": ({"instruction": "q", "input": "", "chosen": REPLY}, PAIR),
     "instruction-and-input": ({"instruction": "q", "input": "i", "chosen": REPLY}, [("user", "q\ni"), PAIR[1]]),
     "instruction-and-history": ({"instruction": "q", "history": [["q0", "a0"]], "chosen": REPLY}, WHOLE),
+    "prompt-and-history": ({"prompt": "q", "history": [["q0", "a0"]], "chosen": REPLY}, WHOLE),
     "prompt-of-messages": ({"prompt": [Q], "chosen": [A]}, PAIR),
     "prompt-of-messages-and-text": ({"prompt": [Q], "chosen": REPLY}, PAIR),
     "one-message": ({"prompt": "q", "chosen": A}, PAIR),

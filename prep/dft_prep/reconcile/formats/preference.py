@@ -17,7 +17,7 @@ from dft_prep.reconcile.formats.dialogue import is_dialogue, read_dialogue
 from dft_prep.reconcile.formats.format import Format
 from dft_prep.reconcile.formats.prompt_completion import QUESTIONS, read_prompt
 from dft_prep.reconcile.formats.sharegpt import CONVERSATIONS, read_conversation
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, read_message, read_messages, the_one
+from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, read_history, read_message, read_messages, the_one
 
 _LISTS = ("messages", *CONVERSATIONS)
 
@@ -52,6 +52,7 @@ def _read_prompt(record: Mapping[str, Any], turns: Turns) -> bool:
     elif key in CONVERSATIONS:
         read_conversation(record, key, turns)
     else:
+        read_history(record.get("history") or [], turns)
         read_prompt(record[key], key, turns)
     return True
 

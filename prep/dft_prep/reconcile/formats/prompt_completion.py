@@ -1,7 +1,7 @@
 """A question and its reply: `prompt` and `completion`, as texts or as lists of messages, and fields of other names.
 
-Any of `prompt`, `question`, `input` with any of `completion`, `response`, `answer`, `output`; two questions or two
-replies in one record are ambiguous.
+Any of `prompt`, `question`, `input` with any of `completion`, `response`, `answer`, `output`, with `history`; two
+questions or two replies in one record are ambiguous.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from dft_prep.reconcile.converters import to_text
 from dft_prep.reconcile.formats.dialogue import is_dialogue_before_reply, read_dialogue
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, read_messages, required_reply, the_one
+from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, read_history, read_messages, required_reply, the_one
 
 QUESTIONS = ("prompt", "question", "input")
 REPLIES = ("completion", "response", "answer", "output")
@@ -20,6 +20,7 @@ REPLIES = ("completion", "response", "answer", "output")
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     question, reply = the_one(record, QUESTIONS, turns), the_one(record, REPLIES, turns)
+    read_history(record.get("history") or [], turns)
     read_prompt(record.get(question), question, turns)
     if isinstance(record.get(reply), list):
         read_messages(record[reply], reply, turns)
@@ -45,6 +46,7 @@ PROMPT_COMPLETION = Format(
     name="prompt_completion",
     fields={
         **dict.fromkeys((*QUESTIONS, *REPLIES), "messages[].content"),
+        "history": "messages",
         **{
             f"{key}[].{field}": f"messages[].{target}"
             for key in (*QUESTIONS, *REPLIES)

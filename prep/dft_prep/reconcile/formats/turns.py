@@ -218,7 +218,7 @@ def read_history(value: Any, turns: Turns) -> None:
     """Add `history`: pairs of [question, reply]."""
     if not isinstance(value, list):
         message = f"got {type_name(value)}, expected a list of [question, reply]"
-        raise RecordError("content_type", "$.history", message, "write pairs")
+        raise RecordError("content_type", "$.history", message, "write pairs, or leave the field out")
     for number, pair in enumerate(value):
         path = f"$.history[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
