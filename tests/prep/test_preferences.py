@@ -32,6 +32,12 @@ RECORDS = {
     ),
     "whole-beside-its-prompt": ({"prompt": "q", "chosen": [Q, A]}, PAIR),
     "dialogue": ({"chosen": f"{DIALOGUE}\n\nAssistant: {REPLY}"}, WHOLE),
+    "dialogue-beside-its-prompt": (
+        {"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": f"{DIALOGUE}\n\nAssistant: {REPLY}"},
+        WHOLE,
+    ),
+    "dialogue-beside-its-question": ({"prompt": "q", "chosen": f"{DIALOGUE}\n\nAssistant: {REPLY}"}, WHOLE),
+    "whole-beside-its-messages": ({"prompt": [Q], "messages": [Q], "chosen": [Q, A]}, PAIR),
     "dialogue-before-the-reply": ({"prompt": f"{DIALOGUE}\n\nAssistant:", "chosen": REPLY}, WHOLE),
     "dialogue-before-the-reply-and-a-space": ({"prompt": f"{DIALOGUE}\n\nAssistant: ", "chosen": REPLY}, WHOLE),
     # No dialogue as a whole: a question that quotes one.
@@ -74,6 +80,23 @@ def test_a_whole_conversation_beside_another_choice_is_ambiguous():
         reconcile({"messages": [Q, A], "prompt": "q", "chosen": "another", "rejected": "no"})
     assert refusal.value.code == "ambiguous_shape"
     assert "openai" in refusal.value.message and "preference" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"prompt": [{"role": "system", "content": "s"}, Q], "chosen": [Q, A]}, "prompt"),
+        ({"prompt": [Q, A, Q], "chosen": [Q, A]}, "prompt"),
+        ({"conversations": [{"from": "human", "value": "other"}], "chosen": [Q, A]}, "conversations"),
+        ({"prompt": "other", "chosen": "\n\nHuman: q\n\nAssistant: a"}, "prompt"),
+    ],
+    ids=["its-system-turn", "its-history", "another", "another-dialogue"],
+)
+def test_a_whole_choice_beside_another_prompt_is_ambiguous(record, named):
+    with pytest.raises(RecordError) as refusal:
+        reconcile({**record, "rejected": "no"})
+    assert (refusal.value.code, refusal.value.path) == ("ambiguous_shape", "$.chosen")
+    assert named in refusal.value.message
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,49 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
     if isinstance(chosen, list):
         if not chosen or is_reply(chosen[0]):
             _read_prompt(record, turns)
-        read_messages(chosen, "chosen", turns)
+            read_messages(chosen, "chosen", turns)
+        else:
+            read_messages(chosen, "chosen", turns)
+            _refuse_lost_prompt(record, turns)
     elif isinstance(chosen, dict):
         _read_prompt(record, turns)
         read_message(chosen, "chosen", -1, turns)
+    elif isinstance(chosen, str) and is_dialogue(chosen):
+        read_dialogue(chosen, "chosen", turns)
+        _refuse_other_prompt(record, turns)
     elif _read_prompt(record, turns):
         turns.add_text("assistant", to_text(chosen, "$.chosen"), "chosen")
     else:
-        _read_whole(to_text(chosen, "$.chosen"), turns)
+        to_text(chosen, "$.chosen")
+        message = "a text without `prompt`, which does not begin with a blank line and `Human:`"
+        raise RecordError("unknown_shape", "$.chosen", message, "give the prompt in a field of its own, or messages")
+
+
+def _refuse_lost_prompt(record: Mapping[str, Any], turns: Turns) -> None:
+    """Raise RecordError where a list of messages beside a whole conversation is not what that begins with."""
+    for key in (*QUESTIONS, *_LISTS):
+        if not isinstance(record.get(key), list) or not record[key] or is_reply(record[key][-1]):
+            continue
+        prompt = Turns(turns.roles, turns.named)
+        try:
+            read_messages(record[key], key, prompt, sharegpt=key in CONVERSATIONS)
+        except RecordError:
+            continue  # no messages: it is no second reading
+        if prompt.messages != turns.messages[: len(prompt.messages)]:
+            message = f"`chosen` is a whole conversation, and does not begin with the messages of `{key}`"
+            raise RecordError("ambiguous_shape", "$.chosen", message, f"keep its reply alone, or leave `{key}` out")
+
+
+def _refuse_other_prompt(record: Mapping[str, Any], turns: Turns) -> None:
+    """Raise RecordError where a whole dialogue stands beside a prompt that is not what its last turn replies to."""
+    prompt = Turns(turns.roles, turns.named)
+    if not _read_prompt(record, prompt):
+        return
+    asked = [(message.role, (message.content or "").strip()) for message in prompt.messages]
+    before = [(message.role, (message.content or "").strip()) for message in turns.messages[:-1]]
+    if before[-len(asked) :] != asked:
+        message = "`chosen` is a whole dialogue, and its last turn does not reply to the prompt beside it"
+        raise RecordError("ambiguous_shape", "$.chosen", message, "keep its reply alone, or leave the prompt out")
 
 
 def _read_prompt(record: Mapping[str, Any], turns: Turns) -> bool:
@@ -55,13 +90,6 @@ def _read_prompt(record: Mapping[str, Any], turns: Turns) -> bool:
         read_history(record.get("history") or [], turns)
         read_prompt(record[key], key, turns)
     return True
-
-
-def _read_whole(text: str, turns: Turns) -> None:
-    if not is_dialogue(text):
-        message = "a text without `prompt`, which does not begin with a blank line and `Human:`"
-        raise RecordError("unknown_shape", "$.chosen", message, "give the prompt in a field of its own, or messages")
-    read_dialogue(text, "chosen", turns)
 
 
 PREFERENCE = Format(
