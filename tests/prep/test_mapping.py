@@ -35,6 +35,14 @@ def test_mapping_one_of_two_fields_of_a_message_chooses_it():
     assert (message.content, message.weight) == ("of value", 0.0)
 
 
+def test_tools_and_a_system_turn_may_be_mapped_from_within_the_conversation():
+    turns = [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, {"role": "assistant", "content": "a"}]
+    fields = {"tools": "$.messages[0].tools", "system": "$.messages[0].content"}
+    conversation = reconcile({"messages": turns}, parse_reading({"fields": fields})).conversation
+    assert [message.content for message in conversation.messages] == ["s", "a"]
+    assert conversation.tools == ({"name": "f"},)
+
+
 def test_a_recipe_may_force_a_format():
     messages = [{"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
     record = {"messages": messages, "prompt": "q", "completion": "a"}

@@ -16,7 +16,7 @@ import msgspec
 from dft_common.errors import SetupError
 from dft_common.records import ROLES
 from dft_prep.reconcile.converters import RecordError
-from dft_prep.reconcile.formats import FORMATS, SHARED_FIELDS
+from dft_prep.reconcile.formats import FORMATS, KNOWN_FIELDS, SHARED_FIELDS
 from dft_prep.reconcile.formats.places import ALIKE
 
 READING_KEYS = ("format", "fields", "roles")
@@ -119,7 +119,12 @@ def mapped_record(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]
         if "[]." in field:
             key, name = field.split("[].", 1)
             inner.setdefault(key, {})[name] = path
-    sources = {steps_of(path)[0] for path in top.values()}
+    # What a field is taken from is no second reading; but a system turn or tools may stand within the conversation.
+    sources = {
+        steps_of(path)[0]
+        for field, path in top.items()
+        if field not in SHARED_FIELDS or len(steps_of(path)) == 1 or steps_of(path)[0] not in KNOWN_FIELDS
+    }
     mapped = {key: value for key, value in record.items() if key not in sources}
     mapped.update((field, _found(record, path, "$")) for field, path in top.items())
     for key, names in inner.items():
