@@ -216,6 +216,14 @@ def test_what_is_wrong_beside_a_result_is_named_at_its_own_place():
         assert (refusal.value.code, refusal.value.path) == ("media_part", f"$.messages[2].{path}")
 
 
+def test_a_result_within_the_assistants_turn_is_refused_for_no_one_turn_has_that_order():
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    blocks = [use, {"type": "tool_result", "tool_use_id": "1", "content": "r"}, {"type": "text", "text": "after"}]
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"messages": [CONVERSATION[0], {"role": "assistant", "content": blocks}]})
+    assert (refusal.value.code, refusal.value.path) == ("unsupported_part", "$.messages[1].content[1]")
+
+
 def test_mistrals_results_may_be_objects():
     record = {
         "available_tools": [{"type": "function", "function": {"name": "f"}}],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dft_common.records import Message
-from dft_prep.reconcile.converters import OPENAI_ROLES, to_content, to_role
+from dft_prep.reconcile.converters import OPENAI_ROLES, RecordError, to_content, to_role
 from dft_prep.reconcile.formats.format import Format
 from dft_prep.reconcile.formats.openai import OPENAI
 from dft_prep.reconcile.formats.turns import Turns, listed, read_message
@@ -40,7 +40,12 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
         if not isinstance(blocks, list) or not any(map(_is_result, blocks)):
             read_message(item, "messages", number, turns)
             continue
-        to_role(item.get("role"), turns.known(OPENAI_ROLES), f"$.messages[{number}].role")
+        role = to_role(item.get("role"), turns.known(OPENAI_ROLES), f"$.messages[{number}].role")
+        if role not in ("user", "tool"):
+            at = next(at for at, block in enumerate(blocks) if _is_result(block))
+            message = f"a tool_result in the {role}'s turn: what comes before it and after it would be one turn"
+            help = "end the turn before it, and give the result to a user's turn"
+            raise RecordError("unsupported_part", f"$.messages[{number}].content[{at}]", message, help)
         for at, block in enumerate(blocks):
             if _is_result(block):
                 _add_result(block, f"messages[{number}].content[{at}]", turns)
