@@ -51,6 +51,7 @@ RECORDS = {
             {"role": "assistant", "content": b},
         ]
     },
+    "sharegpt texts": lambda q, a, r, b: {"conversations": [q, a, r, b], "source": "stackexchange"},
     "alpaca": lambda q, a, r, b: {"instruction": r, "input": "", "output": b, "history": [[q, a]]},
     "ms_swift": lambda q, a, r, b: {"query": r, "response": b, "history": [[q, a]]},
     "ultrachat": lambda q, a, r, b: {"id": "7", "data": [q, a, r, b]},
@@ -311,6 +312,8 @@ def test_what_says_the_same_twice_is_no_ambiguity():
         ({"chosen": "a", "rejected": "b"}, "unknown_shape"),
         ({"data": ["q", 7], "text": "x"}, "unknown_shape"),
         ({"query": "q"}, "null_content"),
+        ({"conversations": ["q", {"from": "gpt", "value": "a"}]}, "content_type"),
+        ({"conversations": [{"from": "human", "value": "q"}, "a"]}, "content_type"),
         ({"query": "q", "response": 7}, "content_type"),
         ({"conversation": [{"human": "q", "assistant": 7}]}, "content_type"),
     ],

@@ -1,7 +1,7 @@
 """`conversations` (or `conversation`): ShareGPT and what came of it.
 
 Messages are `from`/`value` with names such as human and gpt, or `role`/`content`; or each item is a whole exchange
-(`{"human": ..., "assistant": ...}`, `{"input": ..., "output": ...}`).
+(`{"human": ..., "assistant": ...}`, `{"input": ..., "output": ...}`); or they are texts that take turns (LIMA).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dft_common.records import Message
 from dft_prep.reconcile.converters import CALL_ROLES, SHAREGPT_ROLES, RecordError, refuse_media, to_text
 from dft_prep.reconcile.formats.choices import is_only_prompt
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, listed, made_message, read_message, the_one
+from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, listed, made_message, read_message, read_texts, the_one
 
 CONVERSATIONS = ("conversations", "conversation")
 _EXCHANGES: dict[str, str] = {
@@ -30,7 +30,11 @@ def _convert(record: Mapping[str, Any], turns: Turns) -> None:
 def read_conversation(record: Mapping[str, Any], key: str, turns: Turns) -> None:
     """Add every message of the list in the field `key`."""
     plain = SHAREGPT_ROLES if not turns.roles else {}
-    for number, item in enumerate(listed(record.get(key), key)):
+    items = listed(record.get(key), key)
+    if isinstance(items[0], str):
+        read_texts(items, key, turns)
+        return
+    for number, item in enumerate(items):
         if type(item) is dict and len(item) == 2:
             # The common case, and the only one that needs to be quick.
             speaker, text = item.get("from"), item.get("value")

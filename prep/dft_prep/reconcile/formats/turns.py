@@ -214,6 +214,12 @@ def _contradiction(keys: Sequence[str], field: str, path: str) -> RecordError:
     return RecordError("ambiguous_shape", path, f"{shown} of the message differ, and may each be meant", help)
 
 
+def read_texts(value: Any, key: str, turns: Turns) -> None:
+    """Add the texts of the list in the record's field `key`, which take turns, the user's first."""
+    for number, text in enumerate(listed(value, key)):
+        turns.add_text(("user", "assistant")[number % 2], to_text(text, f"$.{key}[{number}]"), f"{key}[{number}]")
+
+
 def read_history(value: Any, turns: Turns) -> None:
     """Add `history`: pairs of [question, reply]."""
     if not isinstance(value, list):

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dft_prep.reconcile.converters import to_text
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import Turns, listed
+from dft_prep.reconcile.formats.turns import Turns, read_texts
 
 
 def _convert(record: Mapping[str, Any], turns: Turns) -> None:
-    for number, text in enumerate(listed(record.get("data"), "data")):
-        turns.add_text(("user", "assistant")[number % 2], to_text(text, f"$.data[{number}]"), f"data[{number}]")
+    read_texts(record.get("data"), "data", turns)
 
 
 def _evidence(record: Mapping[str, Any]) -> bool:
