@@ -91,6 +91,16 @@ def test_alpaca_joins_instruction_and_input_by_one_newline_and_adds_nothing(inst
         assert messages == (Message(role="user", content=question), Message(role="assistant", content=reply))
 
 
+def test_dollys_context_is_alpacas_input():
+    dolly = {"instruction": "q", "context": "c", "response": "a", "category": "closed_qa"}
+    assert turns(dolly) == [("user", "q\nc"), ("assistant", "a")]
+    assert turns({**dolly, "context": ""}) == [("user", "q"), ("assistant", "a")]
+    assert turns({**dolly, "input": "c"}) == turns(dolly)
+    assert reconcile({**dolly, "instruction": ""}).place(0, "content") == "$.context"
+    with pytest.raises(RecordError, match="`input` and `context`"):
+        reconcile({**dolly, "input": "i"})
+
+
 def turns(record) -> list[tuple[str, str | None]]:
     return [(message.role, message.content) for message in reconcile(record).conversation.messages]
 
