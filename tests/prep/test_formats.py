@@ -225,6 +225,22 @@ def test_a_result_within_the_assistants_turn_is_refused_for_no_one_turn_has_that
     assert (refusal.value.code, refusal.value.path) == ("unsupported_part", "$.messages[1].content[1]")
 
 
+@pytest.mark.parametrize("write", [lambda calls: calls, json.dumps], ids=["list", "text"])
+def test_xlams_answers_are_the_calls_of_the_reply(write):
+    record = {"id": 7, "query": "q", "answers": write([{"name": "f", "arguments": {"n": 1}}, {"name": "g"}])}
+    reconciled = reconcile({**record, "tools": '[{"name": "f", "parameters": {"n": {"type": "int"}}}, {"name": "g"}]'})
+    assert reconciled.format == "xlam"
+    reply = reconciled.conversation.messages[1]
+    assert (reply.role, reply.content) == ("assistant", None)
+    calls = [(call.name, call.arguments.replace(" ", "")) for call in reply.tool_calls]
+    assert calls == [("f", '{"n":1}'), ("g", "{}")]
+    assert reconciled.place(1, "tool_calls[1]") == "$.answers"
+    assert len(reconciled.conversation.tools) == 2
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"query": "q", "answers": ["a text, as of MS MARCO"]})
+    assert (refusal.value.code, refusal.value.path) == ("null_content", "$.response")
+
+
 def test_mistrals_results_may_be_objects():
     record = {
         "available_tools": [{"type": "function", "function": {"name": "f"}}],
@@ -360,10 +376,8 @@ def test_the_docs_have_an_example_of_every_format():
 def test_an_example_of_the_docs_is_what_it_says(name, example):
     reconciled = reconcile(json.loads(example.replace("\\|", "|")))
     assert reconciled.format == name
-    assert (reconciled.conversation.messages[-1].role, reconciled.conversation.messages[-1].content) == (
-        "assistant",
-        "a",
-    )
+    reply = reconciled.conversation.messages[-1]
+    assert (reply.role, reply.content) == ("assistant", None if reply.tool_calls else "a")
 
 
 @pytest.mark.parametrize("name", FORMATS)

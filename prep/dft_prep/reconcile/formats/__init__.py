@@ -17,6 +17,7 @@ from dft_prep.reconcile.formats.preference import PREFERENCE
 from dft_prep.reconcile.formats.prompt_completion import PROMPT_COMPLETION
 from dft_prep.reconcile.formats.sharegpt import SHAREGPT
 from dft_prep.reconcile.formats.ultrachat import ULTRACHAT
+from dft_prep.reconcile.formats.xlam import XLAM
 
 __all__ = ["FORMATS", "KNOWN_FIELDS", "SHARED_FIELDS", "SPECIAL_MESSAGES", "SYSTEM_FIELDS", "TOOL_FIELDS", "Format"]
 
@@ -30,6 +31,7 @@ FORMATS: dict[str, Format] = {
         PREFERENCE,
         MS_SWIFT,
         ULTRACHAT,
+        XLAM,
         CHATML_TEXT,
         ANTHROPIC,
         MISTRAL,
