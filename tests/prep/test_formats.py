@@ -364,6 +364,33 @@ def test_an_exchange_that_cannot_be_read_is_refused(more, code, path):
     assert (refusal.value.code, refusal.value.path) == (code, path)
 
 
+@pytest.mark.parametrize(
+    ("record", "help"),
+    [
+        ({"problem": "q", "solution": "a"}, "`fields: {prompt: $.problem, completion: $.solution}`"),
+        ({"id": 1, "items": [{"from": "human"}]}, "`fields: {messages: $.items}`"),
+        ({"kind": "k", "input": "q", "target": "a"}, "`fields: {prompt: $.QUESTION, completion: $.REPLY}`"),
+        ({"\ud800": "q", "a.b": "a"}, "`fields: {prompt: $.ITS_NAME, completion: $.ITS_NAME}`"),
+        (
+            {"input": {"messages": [CONVERSATION[0]]}, "preferred_output": [CONVERSATION[1]]},
+            "`fields: {messages: $.input.messages, chosen: $.preferred_output}`",
+        ),
+        ({"message_id": "1", "parent_id": None, "text": "q", "role": "prompter"}, "each path from its root"),
+        ({"prompt": {"text": "q", "replies": []}}, "each path from its root"),
+        ({"system": "s", "chat": "USER: q\n\n\nASSISTANT: a"}, "write its turns as `messages`"),
+        ({"text": "<s>[INST] q [/INST] a"}, "write its turns as `messages`"),
+        ({"instruction": "i", "answer": "a"}, "`fields: {output: $.ITS_NAME}`"),
+        ({"messages": [{"author": "user", "content": "q"}]}, '`fields: {"messages[].role": ITS_NAME}`'),
+        ({"messages": [{"role": "user", "text": "q"}]}, '`fields: {"messages[].content": ITS_NAME}`'),
+        ({"messages": [{"role": "User", "content": "q"}]}, "did you mean 'user'? rename it, or map it with `roles`"),
+    ],
+)
+def test_what_is_of_no_known_format_is_told_the_way_out(record, help):
+    with pytest.raises(RecordError) as refusal:
+        reconcile(record)
+    assert help in refusal.value.help
+
+
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", DOC, re.MULTILINE)
 

@@ -87,7 +87,8 @@ def to_role(role: Any, known: Mapping[str, str], path: str) -> str:
     if found is None:
         shown = ", ".join(sorted({name for name in known if known is SHAREGPT_ROLES or name in ROLES}))
         close = difflib.get_close_matches(role, known, n=1) if isinstance(role, str) else []
-        help = f"did you mean {close[0]!r}?" if close else "rename it, or map it with `roles` in a recipe"
+        meant = f"did you mean {close[0]!r}? " if close else ""
+        help = f"{meant}rename it, or map it with `roles` in a recipe"
         raise RecordError("unknown_role", path, f"got {quoted(role)}, expected one of {shown}", help)
     return found
 

@@ -7,6 +7,7 @@ different conversations that is an error, unless the recipe says which.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ from dft_prep.reconcile.reading import AS_FOUND, Reading, mapped_record, top_fie
 _SHAPES = (
     "`messages`, `conversations`, `instruction` with `output`, `prompt` with `completion`, or another known format"
 )
+_SIMPLE_NAME = re.compile(r"\w{1,60}", re.ASCII)
+_WHOLE_TEXTS = ("text", "chat", "dialog", "dialogue")
 _has_no_more = frozenset([*SHARED_FIELDS, *MEDIA_FIELDS]).isdisjoint
 """Whether a record has none of the fields that any format may have. Most have none."""
 
@@ -147,8 +150,28 @@ def _unknown(record: Mapping[str, Any]) -> RecordError:
     if "messages" in record or "conversations" in record:
         return RecordError("empty_conversation", "$", "the conversation is null", "leave the record out")
     keys = ", ".join(f"`{short_name(key)}`" for key in list(record)[:6]) or "no keys"
-    help = "rename the fields, or map them in a recipe (`fields`)"
-    return RecordError("unknown_shape", "$", f"found {keys}; expected {_SHAPES}", help)
+    return RecordError("unknown_shape", "$", f"found {keys}; expected {_SHAPES}", _way_out(record))
+
+
+def _way_out(record: Mapping[str, Any]) -> str:
+    """What to do with a record of no known format, by what it looks like."""
+    prompt = record.get("prompt")
+    if "parent_id" in record or (isinstance(prompt, dict) and "replies" in prompt):
+        return "it is a tree of replies: write each path from its root to a leaf as `messages`"
+    if any(isinstance(record.get(key), str) for key in _WHOLE_TEXTS):
+        return "one text is taken apart only where it is ChatML: write its turns as `messages`"
+    if "preferred_output" in record:
+        return "map it in a recipe (`fields: {messages: $.input.messages, chosen: $.preferred_output}`)"
+    lists = [key for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    texts = [key for key, value in record.items() if isinstance(value, str)]
+    if len(lists) == 1:
+        return f"rename the fields, or map them in a recipe (`fields: {{messages: {_path(lists[0])}}}`)"
+    question, reply = map(_path, texts) if len(texts) == 2 else ("$.QUESTION", "$.REPLY")
+    return f"rename the fields, or map them in a recipe (`fields: {{prompt: {question}, completion: {reply}}}`)"
+
+
+def _path(key: str) -> str:
+    return f"$.{key}" if _SIMPLE_NAME.fullmatch(key) else "$.ITS_NAME"
 
 
 def _add_system(record: Mapping[str, Any], turns: Turns) -> None:

@@ -19,6 +19,7 @@ from dft_prep.reconcile.converters import (
     SHAREGPT_ROLES,
     Content,
     RecordError,
+    quoted,
     refuse_media,
     to_content,
     to_role,
@@ -43,6 +44,9 @@ MESSAGE_FIELDS: dict[str, str] = {
 }
 """What each field of a message object becomes."""
 SHAREGPT_FIELDS: dict[str, str] = {"from": "role", "value": "content", **MESSAGE_FIELDS}
+
+
+_NAMES_SHOWN = 6
 
 
 class Turns:
@@ -132,6 +136,9 @@ def read_message(item: Any, key: str, number: int, turns: Turns, *, sharegpt: bo
     known = SHAREGPT_ROLES if sharegpt or "from" in item else OPENAI_ROLES
     if "value" in item or "from" in item:
         _refuse_contradictions(item, turns.known(known), path)
+    if item.get(speaker) is None:
+        message = f"there is no role; {_fields_found(item)}"
+        raise RecordError("unknown_role", f"{path}.{speaker}", message, _rename("role"))
     role = to_role(item.get(speaker), turns.known(known), f"{path}.{speaker}")
     turns.add(made_message(role, item, path, said, item.get(speaker)), key, number, item)
 
@@ -158,7 +165,10 @@ def made_message(role: str, item: Mapping[str, Any], path: str, said: str, raw_r
     if content.text is None and not (role == "assistant" and content.tool_calls):
         if content.reasoning is None or role != "assistant":
             message = f"the {role} turn has no content" + (" and calls no tool" if role == "assistant" else "")
-            raise RecordError("null_content", f"{path}.{said}", message, "give it text, or leave the record out")
+            help = "give it text, or leave the record out"
+            if said not in item:
+                message, help = f"{message}; {_fields_found(item)}", _rename("content")
+            raise RecordError("null_content", f"{path}.{said}", message, help)
         content = msgspec.structs.replace(content, text="")
     return Message(
         role=role,  # pyright: ignore[reportArgumentType]  # a value of the role tables, which hold only these
@@ -169,6 +179,15 @@ def made_message(role: str, item: Mapping[str, Any], path: str, said: str, raw_r
         tool_call_id=_optional_text(item, "tool_call_id", path),
         weight=weight_of(item, path),
     )
+
+
+def _fields_found(fields: Mapping[str, Any]) -> str:
+    """What is there in place of what is missed, for a message."""
+    return f"found {', '.join(map(quoted, list(fields)[:_NAMES_SHOWN])) or 'no fields'}"
+
+
+def _rename(field: str) -> str:
+    return f'name the field `{field}`, or map it in a recipe (`fields: {{"messages[].{field}": ITS_NAME}}`)'
 
 
 def _content(item: Mapping[str, Any], raw_role: Any, path: str, said: str) -> Content:
@@ -210,7 +229,7 @@ def weight_of(item: Mapping[str, Any], path: str) -> float:
 def _contradiction(keys: Sequence[str], field: str, path: str) -> RecordError:
     """Fields of one message that say different things of the same. field: what a recipe calls it."""
     shown = " and ".join(f"`{key}`" for key in keys)
-    help = f"keep one, or map it in a recipe (`fields: {{messages[].{field}: {keys[-1]}}}`)"
+    help = f'keep one, or map it in a recipe (`fields: {{"messages[].{field}": {keys[-1]}}}`)'
     return RecordError("ambiguous_shape", path, f"{shown} of the message differ, and may each be meant", help)
 
 
@@ -237,6 +256,11 @@ def required_reply(record: Mapping[str, Any], keys: Sequence[str], turns: Turns)
     """(field, text) of the reply, in the one of `keys` that is there. Raises RecordError where none is."""
     key = the_one(record, keys, turns)
     if record.get(key) is None:
-        key = next((key for key in keys if key in record), key)
-        raise RecordError("null_content", f"$.{key}", "there is no reply", "give it text, or leave the record out")
+        there = [each for each in keys if each in record]
+        if not there:
+            message = f"there is no reply in {' or '.join(f'`{each}`' for each in keys)}; {_fields_found(record)}"
+            help = f"name its field `{key}`, or map it in a recipe (`fields: {{{key}: $.ITS_NAME}}`)"
+            raise RecordError("null_content", f"$.{key}", message, help)
+        message = "there is no reply"
+        raise RecordError("null_content", f"$.{there[0]}", message, "give it text, or leave the record out")
     return key, to_text(record[key], f"$.{key}")
