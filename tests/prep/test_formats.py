@@ -87,6 +87,14 @@ RECORDS = {
         ],
         "system": [],
     },
+    "gemini": lambda q, a, r, b: {
+        "contents": [
+            {"role": "user", "parts": [{"text": q}]},
+            {"role": "model", "parts": [{"text": a[:1]}, {"text": a[1:]}]},
+            {"role": "user", "parts": [{"text": r}]},
+            {"role": "model", "parts": [{"text": b, "thought": False}]},
+        ]
+    },
     "mistral": lambda q, a, r, b: {
         "messages": RECORDS["sharegpt roles"](q, a, r, b)["conversation"],
         "available_tools": "[]",
@@ -239,6 +247,53 @@ def test_xlams_answers_are_the_calls_of_the_reply(write):
     with pytest.raises(RecordError) as refusal:
         reconcile({"query": "q", "answers": ["a text, as of MS MARCO"]})
     assert (refusal.value.code, refusal.value.path) == ("null_content", "$.response")
+
+
+def test_geminis_parts_become_calls_results_and_reasoning():
+    record = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+        "tools": [{"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT"}}, {"name": "g"}]}],
+        "contents": [
+            {"role": "user", "parts": [{"text": "q"}]},
+            {
+                "role": "model",
+                "parts": [{"text": "hm", "thought": True}, {"functionCall": {"name": "f", "args": {"n": 1.5}}}],
+            },
+            {"role": "function", "parts": [{"functionResponse": {"name": "f", "response": {"é": [1]}}}]},
+            {"role": "model", "parts": [{"text": "a"}]},
+        ],
+    }
+    reconciled = reconcile(record)
+    assert reconciled.format == "gemini"
+    assert reconciled.conversation.messages == (
+        Message(role="system", content="s"),
+        Message(role="user", content="q"),
+        Message(
+            role="assistant", content=None, reasoning="hm", tool_calls=(ToolCall(name="f", arguments='{"n":1.5}'),)
+        ),
+        Message(role="tool", content='{"é":[1]}', name="f"),
+        Message(role="assistant", content="a"),
+    )
+    assert [tool["name"] for tool in reconciled.conversation.tools] == ["f", "g"]
+    assert reconciled.place(3, "content") == "$.contents[2].parts[0]"
+
+
+@pytest.mark.parametrize(
+    ("parts", "code", "path"),
+    [
+        ([{"text": "a"}, {"inlineData": {"mimeType": "image/png", "data": ""}}], "media_part", ".parts[1]"),
+        ([{"executableCode": {"code": "x"}}], "unsupported_part", ".parts[0]"),
+        ([{"functionResponse": {"name": "f", "response": {}}}], "unsupported_part", ".parts[0]"),
+        ([{"functionCall": {"args": {}}}], "bad_tool_calls", ".parts[0]"),
+        ([], "null_content", ".parts"),
+        ("a", "content_type", ""),
+    ],
+)
+def test_geminis_parts_that_cannot_be_read_are_refused(parts, code, path):
+    contents = [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": parts}]
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"contents": contents})
+    assert (refusal.value.code, refusal.value.path) == (code, f"$.contents[1]{path}")
 
 
 def test_mistrals_results_may_be_objects():

@@ -290,10 +290,18 @@ def to_tools(value: Any, path: str) -> tuple[Any, ...]:
         message = f"got {type_name(value)}, expected a list of tools"
         raise RecordError("bad_tools", path, message, "write each tool as an object, its JSON schema")
     # Parquet often has each tool as JSON text; a text of another kind is a tool in its author's own words.
-    return tuple(
+    tools = (
         _tools_of_text(tool, f"{path}[{number}]") if isinstance(tool, str) and tool.lstrip().startswith("{") else tool
         for number, tool in enumerate(value)
     )
+    return tuple(each for tool in tools for each in _declarations(tool))
+
+
+def _declarations(tool: Any) -> list[Any]:
+    """The functions that one of Gemini's tools declares; any other is one tool."""
+    keys = ("functionDeclarations", "function_declarations")
+    lists = [tool[key] for key in keys if isinstance(tool.get(key), list)] if isinstance(tool, dict) else []
+    return lists[0] if lists else [tool]
 
 
 def _tools_of_text(text: str, path: str) -> Any:

@@ -10,6 +10,7 @@ from dft_prep.reconcile.formats.alpaca import ALPACA
 from dft_prep.reconcile.formats.anthropic import ANTHROPIC
 from dft_prep.reconcile.formats.chatml_text import CHATML_TEXT
 from dft_prep.reconcile.formats.format import Format
+from dft_prep.reconcile.formats.gemini import GEMINI
 from dft_prep.reconcile.formats.mistral import MISTRAL
 from dft_prep.reconcile.formats.ms_swift import MS_SWIFT
 from dft_prep.reconcile.formats.openai import OPENAI
@@ -32,6 +33,7 @@ FORMATS: dict[str, Format] = {
         MS_SWIFT,
         ULTRACHAT,
         XLAM,
+        GEMINI,
         CHATML_TEXT,
         ANTHROPIC,
         MISTRAL,
