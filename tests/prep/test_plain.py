@@ -141,6 +141,15 @@ def test_a_key_that_stands_twice_is_never_overlooked(field, code):
     assert [finding.code for finding in found] == [code]
 
 
+def test_a_label_that_says_no_is_never_overlooked():
+    judge = Judge("a.jsonl")
+    labels = (True, True, None, 0, False, True)
+    lines = [json.dumps({"id": number, "label": label, **PLAIN}) for number, label in enumerate(labels)]
+    judged = [judge(RawRecord(line=1, byte_offset=0, data=line.encode())) for line in lines]
+    bad = [(number, found) for number, found in enumerate(judged) if isinstance(found, Finding)]
+    assert [(number, found.code, found.path) for number, found in bad] == [(4, "unwanted_reply", "$.label")]
+
+
 @pytest.mark.parametrize(("levels", "good"), [(490, True), (520, False), (850, False), (1200, False)])
 def test_how_deep_is_too_deep_does_not_depend_on_the_way_or_the_caller(levels, good):
     def judged(judge: Judge, text: str, frames: int):

@@ -374,6 +374,10 @@ EXAMPLES: dict[str, Example] = {
         ),
         _GOOD,
     ),
+    "unwanted_reply": Example(
+        '{"prompt": "What is 1 + 1?", "completion": "3", "label": false}',
+        '{"prompt": "What is 1 + 1?", "completion": "2", "label": true}',
+    ),
     "repeated_reply": Example(
         (
             '{"messages": [{"role": "user", "content": "What is 1 + 1?"}, {"role": "assistant", '

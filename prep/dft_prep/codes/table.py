@@ -144,6 +144,11 @@ CODES: dict[str, Code] = {
         "warning", "A text holds control characters or noncharacters.", "Remove them, if they are not meant."
     ),
     "reply_equals_question": _rule("warning", "A reply is the same as what it answers.", "Write the reply."),
+    "unwanted_reply": _rule(
+        "error",
+        "Its label says that the reply is not wanted (KTO's `label` or `kto_tag`: false).",
+        "Leave it out; or --ignore unwanted_reply, if the label means something else.",
+    ),
     "repeated_reply": _rule("warning", "A reply is repeated within the conversation.", "Remove the repetition."),
     "contaminated": _rule(
         "error",

@@ -15,17 +15,18 @@ from typing import Any
 import msgspec
 
 from dft_common.records import Conversation, Finding
-from dft_prep.codes.severities import AS_CODED, Severities
 from dft_prep.codes.table import CODES, Severity
-from dft_prep.judge.illegal import Illegal, by_the_standard, is_too_deep
-from dft_prep.judge.plain import PlainReader
-from dft_prep.judge.repeats import find_repeated, may_repeat
-from dft_prep.judge.rules import find_oddities
 from dft_prep.reconcile.converters import RecordError, quoted
 from dft_prep.reconcile.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_read, short_name, target_of
+from dft_prep.reconcile.formats import LABEL_FIELDS
+from dft_prep.judge.illegal import Illegal, by_the_standard, is_too_deep
+from dft_prep.judge.plain import PlainReader
+from dft_prep.sources.readers import RawRecord
 from dft_prep.reconcile.reading import AS_FOUND, Reading, written_path
 from dft_prep.reconcile.record import reconcile
-from dft_prep.sources.readers import RawRecord
+from dft_prep.judge.repeats import find_repeated, may_repeat
+from dft_prep.judge.rules import find_oddities
+from dft_prep.codes.severities import AS_CODED, Severities
 
 _decode = msgspec.json.Decoder().decode
 
@@ -87,6 +88,10 @@ class Judge:
             return record_finding(raw, self.shown, error.code, error.path, error.message, error.help)
         except RecursionError:
             return record_finding(raw, self.shown, "too_deep", "$", "nested too deep")
+        for key in LABEL_FIELDS:
+            if reconciled.record.get(key) is False:
+                place = written_path(f"$.{key}", self.reading)
+                self.note(notes, raw, "unwanted_reply", place, f"`{key}` is false: the reply is not wanted")
         signature = (reconciled.format, fields_of(reconciled.record, reconciled.format))
         if self._fields.add(signature):
             self._note_unused(signature, raw)

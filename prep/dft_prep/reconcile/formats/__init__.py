@@ -20,7 +20,16 @@ from dft_prep.reconcile.formats.sharegpt import SHAREGPT
 from dft_prep.reconcile.formats.ultrachat import ULTRACHAT
 from dft_prep.reconcile.formats.xlam import XLAM
 
-__all__ = ["FORMATS", "KNOWN_FIELDS", "SHARED_FIELDS", "SPECIAL_MESSAGES", "SYSTEM_FIELDS", "TOOL_FIELDS", "Format"]
+__all__ = [
+    "FORMATS",
+    "KNOWN_FIELDS",
+    "LABEL_FIELDS",
+    "SHARED_FIELDS",
+    "SPECIAL_MESSAGES",
+    "SYSTEM_FIELDS",
+    "TOOL_FIELDS",
+    "Format",
+]
 
 FORMATS: dict[str, Format] = {
     form.name: form
@@ -50,9 +59,13 @@ SHARED_FIELDS: dict[str, str] = {
 }
 """Fields that every format may have."""
 
+LABEL_FIELDS = ("label", "kto_tag")
+"""Fields that say, by a boolean, whether the reply is wanted: TRL's and ms-swift's, LLaMA-Factory's."""
+
 KNOWN_FIELDS = frozenset(
     [
         *SHARED_FIELDS,
+        *LABEL_FIELDS,
         *MEDIA_FIELDS,
         *(path.split("[")[0] for form in FORMATS.values() for path in form.fields),
     ]
