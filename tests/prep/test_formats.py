@@ -432,6 +432,8 @@ def test_an_exchange_that_cannot_be_read_is_refused(more, code, path):
         ),
         ({"message_id": "1", "parent_id": None, "text": "q", "role": "prompter"}, "each path from its root"),
         ({"prompt": {"text": "q", "replies": []}}, "each path from its root"),
+        ({"role": "user", "content": "q"}, 'it is one message: a record is a whole conversation, {"messages": [...]}'),
+        ([{"role": "user", "content": "q"}], 'write {"messages": [...]}, if these are messages'),
         ({"system": "s", "chat": "USER: q\n\n\nASSISTANT: a"}, "write its turns as `messages`"),
         ({"text": "<s>[INST] q [/INST] a"}, "write its turns as `messages`"),
         ({"instruction": "i", "answer": "a"}, "`fields: {output: $.ITS_NAME}`"),

@@ -47,6 +47,11 @@ KINDS = {
     "a tar": (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000".ljust(255, b"\0"), "other_kind", "a tar archive"),
     "an SQLite database": (b"SQLite format 3\0", "other_kind", "an SQLite database"),
     "HTML": (b"<!doctype html><title>404</title>", "other_kind", "an HTML page"),
+    "lists of messages, one a line": (
+        b'[{"role": "user"}]\n[{"role": "user"}]\n',
+        "other_kind",
+        "each line is an array",
+    ),
     "CSV": (b"question,answer\nq,a\n", "other_kind", "expected JSON records"),
     "an array": (b"[" + GOOD + b",\n" + GOOD + b"]", "array_in_jsonl", "one JSON array"),
 }

@@ -50,7 +50,9 @@ class Reconciled(msgspec.Struct, frozen=True, kw_only=True):
 def reconcile(record: Any, reading: Reading = AS_FOUND) -> Reconciled:
     """The canonical conversation of `record`. Raises RecordError."""
     if not isinstance(record, dict):
-        raise RecordError("not_an_object", "$", f"got {type_name(record)}, expected an object", "one object a record")
+        are_messages = isinstance(record, list) and bool(record) and isinstance(record[0], dict)
+        help = 'write {"messages": [...]}, if these are messages' if are_messages else "one object a record"
+        raise RecordError("not_an_object", "$", f"got {type_name(record)}, expected an object", help)
     if not reading.fields:
         return _reconciled(record, reading)
     mapped = mapped_record(record, reading)
@@ -158,6 +160,8 @@ def _way_out(record: Mapping[str, Any]) -> str:
     prompt = record.get("prompt")
     if "parent_id" in record or (isinstance(prompt, dict) and "replies" in prompt):
         return "it is a tree of replies: write each path from its root to a leaf as `messages`"
+    if ("role" in record or "from" in record) and ("content" in record or "value" in record):
+        return 'it is one message: a record is a whole conversation, {"messages": [...]}'
     if any(isinstance(record.get(key), str) for key in _WHOLE_TEXTS):
         return "one text is taken apart only where it is ChatML: write its turns as `messages`"
     if "preferred_output" in record:

@@ -164,6 +164,10 @@ def _lines_or_object(file: SourceFile, text: bytes, *, complete: bool) -> Kind:
         return "lines"
     if text.startswith(b"{"):
         return "lines" if len(lines) == 1 else "object"
+    if len(lines) > 1 and all(line.lstrip().startswith(b"[") for line in lines):
+        message = f"{file.shown}: each line is an array, and a record is an object: found {text[:40]!r}"
+        remedy = "where they are lists of messages: jq -c '{messages: .}' FILE"
+        raise FileError("other_kind", message, remedy=remedy)
     raise FileError(
         "other_kind",
         f"{file.shown}: expected JSON records, found {text[:40]!r}",
