@@ -305,6 +305,15 @@ def test_calls_in_any_of_their_forms_may_be_json_text(write):
     assert message.tool_calls[0].arguments == '{"a":  1}'
 
 
+def test_a_call_in_the_older_and_the_newer_field_is_one_call():
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    message = reply(content=None, tool_calls=calls, function_call=function)
+    assert message.tool_calls == (ToolCall(name="f", arguments="{}", id="1"),)
+    with pytest.raises(RecordError, match="`tool_calls` and `function_call`"):
+        reply(content=None, tool_calls=calls, function_call={"name": "g", "arguments": "{}"})
+
+
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_no_tools_may_be_said_in_many_ways(tools):
     assert reconcile({**SHAPES["messages"]("q", "a"), "tools": tools}).conversation.tools == ()

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from dft_common.records import Message
+from dft_common.records import Message, ToolCall
 from dft_prep.reconcile.converters import (
     CALL_ROLES,
     OPENAI_ROLES,
@@ -201,8 +201,18 @@ def _content(item: Mapping[str, Any], raw_role: Any, path: str, said: str) -> Co
     legacy = item.get("function_call")
     # Parquet writes the absent call of a column of calls as one whose fields are null.
     if legacy and not (isinstance(legacy, dict) and all(field is None for field in legacy.values())):
-        calls += (to_tool_call(legacy, f"{path}.function_call"),)
+        calls += _not_said_twice(to_tool_call(legacy, f"{path}.function_call"), calls, path)
     return Content(text=content.text, reasoning=_reasoning(item, content.reasoning, path, said), tool_calls=calls)
+
+
+def _not_said_twice(legacy: ToolCall, calls: tuple[ToolCall, ...], path: str) -> tuple[ToolCall, ...]:
+    """The older `function_call`, where no call is there; nothing where it is one of them. Raises RecordError."""
+    if any((call.name, call.arguments) == (legacy.name, legacy.arguments) for call in calls):
+        return ()
+    if calls:
+        message = "`tool_calls` and `function_call` of the message differ, and may each be meant"
+        raise RecordError("ambiguous_shape", path, message, "keep one of them")
+    return (legacy,)
 
 
 def _reasoning(item: Mapping[str, Any], of_parts: str | None, path: str, said: str) -> str | None:
