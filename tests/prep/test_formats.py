@@ -399,7 +399,8 @@ def test_what_does_not_read_as_a_whole_is_refused(record, code):
 def test_a_whole_exchange_keeps_what_is_said_of_its_reply():
     call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
     exchange = {"human": "q", "assistant": "a", "weight": 0, "reasoning_content": "r", "tool_calls": [call]}
-    reply = reconcile({"conversation": [exchange]}).conversation.messages[1]
+    more = {"human": "r", "assistant": "trained"}
+    reply = reconcile({"conversation": [exchange, more]}).conversation.messages[1]
     calls = (ToolCall(name="f", arguments="{}", id="1"),)
     assert reply == Message(role="assistant", content="a", weight=0.0, reasoning="r", tool_calls=calls)
 

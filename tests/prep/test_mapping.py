@@ -27,7 +27,8 @@ def test_mapping_one_of_two_fields_chooses_it(field):
 
 def test_mapping_one_of_two_fields_of_a_message_chooses_it():
     turn = {"role": "assistant", "content": "of content", "value": "of value", "weight": 1, "train": False}
-    record = {"messages": [{"role": "user", "content": "q", "value": "q", "train": True}, turn]}
+    trained = {"role": "assistant", "value": "trained", "train": True}
+    record = {"messages": [{"role": "user", "content": "q", "value": "q", "train": True}, turn, trained]}
     with pytest.raises(RecordError, match="differ"):
         reconcile(record)
     mapping = {"messages[].content": "value", "messages[].weight": "train"}

@@ -143,7 +143,8 @@ def test_every_role_name_of_sharegpt_is_known(role, name):
 
 def reply(**fields) -> Message:
     """The assistant's message of a record that gives it `fields`."""
-    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **fields}]}
+    trained = {"role": "assistant", "content": "trained"}
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **fields}, trained]}
     return reconcile(record).conversation.messages[1]
 
 
@@ -247,6 +248,14 @@ def test_fields_of_a_message_that_agree_or_are_empty_are_no_contradiction():
         thinking="r",
     )
     assert message == Message(role="assistant", content="a", reasoning="r", weight=0.0)
+
+
+def test_a_conversation_of_context_alone_is_known_without_a_tokenizer():
+    record = SHAPES["messages"]("q", "a")
+    record["messages"][1]["weight"] = 0
+    with pytest.raises(RecordError) as refusal:
+        reconcile(record)
+    assert (refusal.value.code, refusal.value.path) == ("nothing_to_train", "$.messages")
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f", "p": 1.5}], '[{"name": "f", "p": 1.5}]'])

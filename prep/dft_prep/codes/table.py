@@ -163,8 +163,8 @@ CODES: dict[str, Code] = {
     "mask_unsure": _template(
         "error", "What the template prints does not tell where the reply is.", "Use another template."
     ),
-    "nothing_to_train": _template(
-        "error", "No assistant turn has a weight above 0.", "Give one a weight, or leave it out."
+    "nothing_to_train": _record(
+        "No assistant turn that would be trained has a weight above 0.", "Give one a weight, or leave it out."
     ),
     "tool_calls_not_printed": _template(
         "error",

@@ -78,8 +78,11 @@ def _reconciled(record: dict[str, Any], reading: Reading) -> Reconciled:
         _add_system(record, turns)
         tools = _tools(record, form, turns)
     messages = turns.messages
-    if not any(message.role == "assistant" for message in messages):
+    if not any(message.role == "assistant" and message.weight > 0 for message in messages):
         path = turns.place(0, "").split("[")[0]
+        if any(message.role == "assistant" for message in messages):
+            message = "no assistant turn has a weight above 0: all of it is context"
+            raise RecordError("nothing_to_train", path, message, "give one a weight, or leave it out")
         raise RecordError("no_assistant", path, "no assistant turn: there is nothing to train", "leave it out")
     conversation = Conversation(messages=tuple(messages), tools=tools)
     return Reconciled(conversation=conversation, format=form.name, record=record, place=turns.place)
