@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.errors import SetupError
 from dft_common.reader import Row
-from dft_train.data.collate import collate
 from dft_train.guards import first_batch as guards
+from dft_train import three_products
+from dft_train.data.collate import collate
 from dft_train.guards.first_batch import Guard, ask_model
-from dft_train.guards.probe import inputs_for, measure_leak, refuse_leak
 from dft_train.models.head import HeadTap, LossRequest
+from dft_train.guards.probe import inputs_for, measure_leak, refuse_leak
 from train import handmade
 
 SMALL = {**handmade.SMALL, "initializer_range": 0.2}
@@ -87,6 +88,23 @@ def test_sixteen_bits_are_far_below_the_tolerance(tmp_path):
     found = numbers(tmp_path)
     assert found["others"] == 0.0 and found["loss"] < 1e-5
     assert 0 < found["alone"] < 0.03 and found["logits"] < 0.006 and found["gradient"] < 0.006
+
+
+def test_what_a_gpu_rounds_under_autocast_is_no_difference_of_the_loss(tmp_path, monkeypatch):
+    """There float32 weights are multiplied in 16 bits; here a CPU's products stand in for the two that only CUDA has."""
+
+    def choose(rows, weight):
+        return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+
+    for module in (guards, three_products):
+        monkeypatch.setattr(module, "product_dtype", choose)
+    monkeypatch.setattr(three_products, "_put_product", lambda a, b, out: out.copy_(a.float() @ b.float()))
+    monkeypatch.setattr(three_products, "_add_product", lambda a, b, out: out.add_(a.float() @ b.float()))
+    net = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        ask(net, tmp_path, batch([30, 20]), dtype=torch.bfloat16)
+    found = numbers(tmp_path)
+    assert found["loss"] < 1e-5 and 0 < found["gradient"] < 0.006
 
 
 def wrong_scale(loss):

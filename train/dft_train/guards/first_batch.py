@@ -41,9 +41,7 @@ from dft_train.guards.probe import (
     probe_packing,
     refuse_leak,
 )
-from dft_train.loss import linear_dft_loss, logits_dft_loss, transformed
-from dft_train.models.head import HeadTap, LossRequest, shift
-from dft_train.ranks.launch import have_met
+from dft_train.three_products import product_dtype
 
 FILE_NAME = "guards.json"
 _SLICES, _TOKENS, _LIVE = 4, 512, 64
@@ -129,10 +127,13 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
 
 
-def _dense(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Mapping[str, Any]) -> Any:
-    """(loss, gradient by rows, gradient by weight, logits): the objective of all logits, in float32."""
+def _dense(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Mapping[str, Any], factors: torch.dtype
+) -> Any:
+    """(loss, gradient by rows, gradient by weight, logits): the objective of all logits, in float32. factors: what the
+    run rounds the products' factors to (under autocast they are float32, and a GPU multiplies 16 bits)."""
     with torch.enable_grad(), torch.autocast(rows.device.type, enabled=False):
-        x, w = rows.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+        x, w = (tensor.detach().to(factors).float().requires_grad_() for tensor in (rows, weight))
         logits = torch.nn.functional.linear(x, w, None if bias is None else bias.detach().float())
         loss, _ = logits_dft_loss(logits, labels, **options)
         by_rows, by_weight = torch.autograd.grad(loss, (x, w))
@@ -170,7 +171,8 @@ def measure_loss(
         rows = hidden[0, chosen]
         own = tap.own_output(hidden[:, chosen])
         if tap.plain and bool(hidden.isfinite().all()):
-            dense[:] = _dense(rows, tap.head.weight, tap.head.bias, labels[chosen], options)
+            factors = torch.float32 if request.fused == "off" else product_dtype(rows, tap.head.weight)
+            dense[:] = _dense(rows, tap.head.weight, tap.head.bias, labels[chosen], options, factors)
             loss, by_rows, by_weight = _run_loss(rows, tap.head, labels[chosen], options, request.fused)
             found[:] = [_relative(loss, dense[0]), max(_relative(by_rows, dense[1]), _relative(by_weight, dense[2]))]
         return own
