@@ -329,6 +329,22 @@ def test_added_tokens_are_learnt_on_one_rank_and_on_two(
     assert logits(again).shape[-1] == handmade.VOCAB + 2
 
 
+def test_an_evaluation_computes_in_the_precision_of_the_training(ranks, dataset, qwen3, train_here, tmp_path):
+    """--bf16 without DeepSpeed is autocast, which is around the adapted model and not around the one within. (Without
+    it flash attention would get float32, which it cannot take.)"""
+    common = ("--dataset_dir", dataset, "--model_name_or_path", qwen3, "--bf16", "True", "--max_steps", 1)
+    common += ("--lora_r", RANK, "--eval_on_start", "True", "--eval_strategy", "steps", "--save_strategy", "no")
+    runs = {name: tmp_path / name for name in ("bare", "two")}
+    assert train_here(*common, "--output_dir", runs["bare"])[0] == 0
+    ranks(2, *common, "--output_dir", runs["two"])
+    found = {name: handmade.read_state(run)["log_history"][0]["eval_loss"] for name, run in runs.items()}
+    # Adapters begin as nothing, so this is the model itself: in float32, and under autocast.
+    assert train_here(*common[:4], "--output_dir", tmp_path, "--eval_only")[0] == 0
+    exact = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    assert found["two"] == pytest.approx(found["bare"], rel=1e-6)
+    assert abs(found["two"] - exact) > 1e-5
+
+
 # Refusals
 
 

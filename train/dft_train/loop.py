@@ -287,14 +287,16 @@ class DftTrainer(CheckpointedTrainer):
     # Evaluation
 
     def _model_for_evaluation(self) -> Any:
+        # Not the plain model: with LoRA accelerate's autocast is around the adapted one.
+        model: Any = self.model
         if self.is_deepspeed_enabled and self.deepspeed is None:
             deepspeed_init(self, num_training_steps=0, inference=True)
         if self.model_wrapped is self.model:
             if self.is_deepspeed_enabled:
                 self.model_wrapped = self.deepspeed = self.accelerator.prepare(self._plain_model)
             else:
-                self.model_wrapped = self.accelerator.prepare_model(self._plain_model, evaluation_mode=True)
-        return self.model_wrapped if self.is_deepspeed_enabled else self._plain_model
+                self.model_wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return self.model_wrapped if self.is_deepspeed_enabled else model
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
