@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from dft_common.errors import SetupError
+from dft_train.settings import checks
+from dft_train.ranks import launch
 from train import handmade
 
 
@@ -196,3 +201,49 @@ def test_sixteen_bits_without_deepspeed_are_warned_of(attempt, dataset):
     code, error = attempt(dataset, "--torch_dtype", "bfloat16")
     assert code == 0 and "no float32 copy" in error
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def with_flash_attn(monkeypatch):
+    """As on a machine with a GPU and flash-attn."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name == "flash_attn" or find(name, *more))
+    monkeypatch.setattr(launch, "has_accelerator", lambda: True)
+
+
+def flash(model: str, *, torch_dtype=None, config_dtype=None, **training) -> str:
+    settings = SimpleNamespace(attn_implementation="flash_attention_2", torch_dtype=torch_dtype, training=training)
+    return checks.choose_attention(settings, AutoConfig.for_model(model, dtype=config_dtype))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"bf16": True},
+        {"torch_dtype": "bfloat16"},
+        {"torch_dtype": "auto", "config_dtype": "float16"},
+        {"deepspeed": '{"bf16": {"enabled": true}}'},
+    ],
+    ids=["bf16", "torch_dtype", "auto", "deepspeed"],
+)
+def test_flash_attention_in_16_bits_is_taken(given, with_flash_attn):
+    assert flash("qwen3", **given) == "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"torch_dtype": "auto", "config_dtype": "float32"},
+        {"torch_dtype": "float32", "deepspeed": '{"bf16": {"enabled": true}}'},
+    ],
+    ids=["neither", "auto", "float32-wins"],
+)
+def test_flash_attention_in_float32_is_refused(given, with_flash_attn):
+    with pytest.raises(SetupError, match="takes 16 bits alone, and this run computes in float32"):
+        flash("qwen3", **given)
+
+
+def test_flash_attention_that_the_model_does_not_know_is_refused(with_flash_attn):
+    with pytest.raises(SetupError, match="BloomForCausalLM does not work with it"):
+        flash("bloom", bf16=True)

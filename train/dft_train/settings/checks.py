@@ -16,9 +16,10 @@ from dft_common.errors import DataError, SetupError
 from dft_common.fingerprint import describe_difference, load_tokenizer_json, tokenizer_fingerprint, tokenizer_meaning
 from dft_common.manifest import Manifest
 from dft_common.schema import TEMPLATE_NAME, TOKENIZER_DIR
-from dft_train.data.collate import FLASH
 from dft_train.ranks import launch
 from dft_train.settings.arguments import Settings
+from dft_train.data.collate import FLASH
+from dft_train.settings.deepspeed_config import choose_precision, read_deepspeed
 from dft_train.settings.lora_flags import base_of_adapter
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -55,8 +56,36 @@ def _model_class(config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
+def _in_16_bits(settings: Settings, config: Any) -> bool:
+    """Whether the model is going to compute in 16 bits."""
+    path = settings.training.get("deepspeed")
+    if any(choose_precision(settings.training, settings.torch_dtype, read_deepspeed(path) if path else None)):
+        return True
+    found = getattr(config.get_text_config(), "dtype", None) if settings.torch_dtype == "auto" else settings.torch_dtype
+    return str(found).removeprefix("torch.") in ("bfloat16", "float16")
+
+
+def _check_flash(settings: Settings, config: Any, model_class: Any) -> None:
+    """Raise SetupError where flash-attn is missing, or could not compute this run."""
+    if importlib.util.find_spec("flash_attn") is None:
+        raise SetupError(
+            "--attn_implementation flash_attention_2: flash-attn is not installed",
+            remedy="run `pip install 'dft-toolkit[gpu]'`, or use `--attn_implementation sdpa`",
+        )
+    if not getattr(model_class, "_supports_flash_attn", True):
+        raise SetupError(
+            f"--attn_implementation flash_attention_2: transformers' {model_class.__name__} does not work with it",
+            remedy="use `--attn_implementation sdpa`",
+        )
+    if not _in_16_bits(settings, config):
+        raise SetupError(
+            "--attn_implementation flash_attention_2 takes 16 bits alone, and this run computes in float32",
+            remedy="add `--bf16 True`, or use `--attn_implementation sdpa`",
+        )
+
+
 def choose_attention(settings: Settings, config: Any) -> str:
-    """The attention to use. Raises SetupError where a GPU run asks for one that is not installed."""
+    """The attention to use. Raises SetupError where a GPU run asks for one that cannot be."""
     wanted = settings.attn_implementation
     if wanted == FLASH and not launch.has_accelerator():
         launch.warn("flash_attention_2 needs a GPU and there is none: sdpa is used in its place")
@@ -65,11 +94,8 @@ def choose_attention(settings: Settings, config: Any) -> str:
     if wanted == "sdpa" and not getattr(model_class, "_supports_sdpa", True):
         launch.warn("%s does not work with sdpa attention: eager is used in its place", model_class.__name__)
         return "eager"
-    if wanted == FLASH and importlib.util.find_spec("flash_attn") is None:
-        raise SetupError(
-            "--attn_implementation flash_attention_2: flash-attn is not installed",
-            remedy="run `pip install 'dft-toolkit[gpu]'`, or use `--attn_implementation sdpa`",
-        )
+    if wanted == FLASH:
+        _check_flash(settings, config, model_class)
     return wanted
 
 
