@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dft_common.errors import SetupError
 from dft_train.settings import checks
 from dft_train.ranks import launch
+from dft_train.models.load import _check_precision
 from train import handmade
 
 
@@ -247,3 +248,17 @@ def test_flash_attention_in_float32_is_refused(given, with_flash_attn):
 def test_flash_attention_that_the_model_does_not_know_is_refused(with_flash_attn):
     with pytest.raises(SetupError, match="BloomForCausalLM does not work with it"):
         flash("bloom", bf16=True)
+
+
+def test_float16_weights_that_loss_scaling_cannot_train_are_refused():
+    settings, args = SimpleNamespace(eval_only=False), SimpleNamespace(deepspeed=None, fp16=True)
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+    with pytest.raises(SetupError, match="torch scales no gradients of float16"):
+        _check_precision(settings, args, weight)
+    # What torch says, in the first step.
+    weight.sum().backward()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(ValueError, match="unscale FP16"):
+        scaler.unscale_(torch.optim.SGD([weight]))
+    _check_precision(settings, args, torch.nn.Parameter(torch.ones(1)))

@@ -33,8 +33,16 @@ def choose_dtype(settings: Settings, args: TrainingArguments) -> torch.dtype | s
     return torch.float32
 
 
-def _warn_of_low_precision(settings: Settings, args: TrainingArguments, model: PreTrainedModel) -> None:
-    if not settings.eval_only and not args.deepspeed and model.dtype in (torch.bfloat16, torch.float16):
+def _check_precision(settings: Settings, args: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises SetupError for weights that loss scaling cannot train; warns of those that lose small updates."""
+    if settings.eval_only or args.deepspeed:
+        return
+    if args.fp16 and model.dtype == torch.float16:
+        raise SetupError(
+            "--fp16 without DeepSpeed: the weights are float16 too, and torch scales no gradients of float16",
+            remedy="use `--torch_dtype float32`, or `--deepspeed`, which keeps a float32 copy",
+        )
+    if model.dtype in (torch.bfloat16, torch.float16):
         launch.warn(
             "the weights are %s and without DeepSpeed there is no float32 copy: small updates are rounded away "
             "(use --deepspeed, or --torch_dtype float32 --bf16)",
@@ -59,7 +67,7 @@ def load_model(settings: Settings, args: TrainingArguments, manifest: Manifest, 
             remedy="give a causal language model with its weights; --trust_remote_code True where it brings code",
         ) from None
     if settings.lora is None and name == settings.model_name_or_path:
-        _warn_of_low_precision(settings, args, model)
+        _check_precision(settings, args, model)
     add_rows(model, manifest, args.seed)
     reset_states(model)
     return model
