@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dft_train.release.directory import Release
 from dft_train.weights import export
-from dft_train.weights.export import write_model
+from dft_train.weights.export import read_model, write_model
+from dft_train.release.directory import Release
 from dft_train.weights.tensor_file import TensorFile
 from dft_train.weights.weight_plan import make_plan
 from train import handmade
@@ -310,3 +311,13 @@ def test_a_file_written_in_any_order_is_that_of_safetensors(tmp_path_factory, sp
     found, expected = load_file(directory / "ours"), load_file(directory / "theirs")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in expected.items())
+
+
+def test_reading_weights_touches_no_gpu_and_no_random_number(qwen3, monkeypatch):
+    """As on a machine with several GPUs: torch would open every one of them and warn of it at length."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    model, before = AutoModelForCausalLM.from_pretrained(qwen3), torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        read_model(model, qwen3)
+    assert torch.equal(torch.get_rng_state(), before)

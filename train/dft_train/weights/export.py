@@ -239,6 +239,7 @@ def read_model(model: PreTrainedModel, directory: Path) -> None:
 
     Not `load_state_dict` of the files alone, which would leave out every tensor that has another form on disk.
     """
-    with torch.random.fork_rng():
+    # Weights are made on the CPU. By default the states of every GPU of the machine would be kept, with a long warning.
+    with torch.random.fork_rng(devices=()):
         loaded = type(model).from_pretrained(directory, dtype=model.dtype)
     model.load_state_dict(loaded.state_dict())
