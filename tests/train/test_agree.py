@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import time
 
+import torch
 import torch.distributed as dist
 
+from dft_train.checkpoints import checkpointed
 from dft_train.ranks.agree import Agreement
 
 
@@ -77,3 +80,18 @@ def test_a_single_rank_answers_itself():
     assert agreement.is_open and agreement.answer() == [1.5, 2.0] and not agreement.is_open
     assert agreement.sum_now(4.0) == [4.0]
     assert agreement.gather("a") == ["a"]
+
+
+def test_ranks_wait_for_each_other_as_long_as_ddp_timeout_says(dataset, qwen3, train_here, monkeypatch, tmp_path):
+    """Others wait here while rank 0 writes a checkpoint, to a slow disk for longer than torch's half hour."""
+
+    def work(rank, folder, agreement):
+        group = Agreement(datetime.timedelta(seconds=77))._group
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+    assert run_ranks(2, tmp_path, work) == [77, 77]
+    given = []
+    monkeypatch.setattr(checkpointed, "Agreement", lambda timeout: given.append(timeout) or Agreement(timeout))
+    common = ("--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path / "run")
+    assert train_here(*common, "--eval_only", "--ddp_timeout", 77)[0] == 0
+    assert given == [datetime.timedelta(seconds=77)]

@@ -29,7 +29,7 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.writes = saving.Writes()
-        self.agreement = Agreement()
+        self.agreement = Agreement(self.args.ddp_timeout_delta)
         self._postponed_save = False
 
     def state_to_save(self) -> RunState:

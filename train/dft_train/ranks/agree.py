@@ -7,6 +7,7 @@ next question, and the order of questions is the same on every rank. Used by `fa
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, TypeVar
 
 import torch
@@ -18,12 +19,12 @@ from dft_train.ranks.launch import have_met
 T = TypeVar("T")
 
 
-def _cpu_group() -> Any:
+def _cpu_group(timeout: datetime.timedelta | None) -> Any:
     """A process group of all ranks for numbers on the CPU, None for a single rank. Raises SetupError."""
     if not have_met() or dist.get_world_size() == 1:
         return None
     try:
-        return dist.new_group(backend="gloo")
+        return dist.new_group(backend="gloo", timeout=timeout)
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise SetupError(
@@ -34,10 +35,13 @@ def _cpu_group() -> Any:
 
 
 class Agreement:
-    """One open question at a time. For a single rank the answer is what was asked."""
+    """One open question at a time. For a single rank the answer is what was asked.
 
-    def __init__(self) -> None:
-        self._group = _cpu_group()
+    timeout: how long a rank waits for the others, as while rank 0 writes a checkpoint; by default torch's.
+    """
+
+    def __init__(self, timeout: datetime.timedelta | None = None) -> None:
+        self._group = _cpu_group(timeout)
         self._open: tuple[torch.Tensor, Any] | None = None
 
     def ask(self, *numbers: float) -> None:
