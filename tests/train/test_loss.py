@@ -339,7 +339,7 @@ def test_the_products_that_only_cuda_has_are_called_as_torch_takes_them():
     three_products._add_product(a, b, out)
 
 
-def test_halves_are_multiplied_as_they_are_where_the_device_can():
+def test_halves_are_multiplied_as_they_are_where_the_device_can(monkeypatch):
     class Stand(tuple):
         device = torch.device("cuda")
 
@@ -349,10 +349,23 @@ def test_halves_are_multiplied_as_they_are_where_the_device_can():
         return stand
 
     choose = three_products.product_dtype
+    monkeypatch.setattr(three_products, "sums_halves", lambda device, dtype: False)
+    assert choose(on_gpu(torch.bfloat16), on_gpu(torch.bfloat16)) == torch.float32
+    monkeypatch.setattr(three_products, "sums_halves", lambda device, dtype: True)
     assert choose(on_gpu(torch.bfloat16), on_gpu(torch.bfloat16)) == torch.bfloat16
     assert choose(on_gpu(torch.float32), on_gpu(torch.bfloat16)) == torch.float32
     assert choose(on_gpu(torch.float32), on_gpu(torch.float32)) == torch.float32
     assert choose(torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)) == torch.float32
+
+
+def test_a_device_is_asked_whether_it_adds_halves_to_float32(monkeypatch):
+    """A CPU cannot, as ROCm's builds could not: it refuses, which is no error."""
+    ask, cpu = three_products.sums_halves.__wrapped__, torch.device("cpu")
+    assert not ask(cpu, torch.bfloat16)
+    assert ask(cpu, torch.float32)
+    # One that puts the product in the place of the sum.
+    monkeypatch.setattr(three_products, "_add_product", three_products._put_product)
+    assert not ask(cpu, torch.float32)
 
 
 class Adapted(nn.Module):

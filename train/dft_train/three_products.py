@@ -11,6 +11,7 @@ Products are in float32; where CUDA can multiply bfloat16 or float16 into float3
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ STATS = 6
 
 _FLOAT16_GAIN = 1024.0
 """Onto gradients that pass through float16, whose smallest numbers are too large for a softmax; taken off after."""
-_HALF_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-"""Before, `torch.addmm(out_dtype=)` does not add to a float32 matrix (pytorch#167931)."""
+_TRIAL = 16
+"""Rows and columns of the product that asks a device what it can."""
 
 
 def _on(elements: Mapping[str, int], device: torch.device) -> int:
@@ -47,14 +48,31 @@ class HeadOptions(NamedTuple):
     logit_scale: float | None = None
 
 
+@functools.cache
+def sums_halves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch can add products of 16 bits to a float32 matrix there: it is tried, once. Before 2.10 no build can
+    (pytorch#167931), and not every one for ROCm."""
+    ones = torch.ones((_TRIAL, _TRIAL), dtype=dtype, device=device)
+    out = torch.ones((_TRIAL, _TRIAL), dtype=torch.float32, device=device)
+    into = torch.empty_like(out)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            _add_product(ones, ones, out)
+            _put_product(ones, ones, into)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((out == _TRIAL + 1).all() and (into == _TRIAL).all())
+
+
 def product_dtype(rows: Tensor, weight: Tensor) -> torch.dtype:
     """What the products' factors are in; they are summed up in float32."""
     device = rows.device.type
-    if device != "cuda" or not _HALF_PRODUCTS:
+    if device != "cuda":
         return torch.float32
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     same = dtype == rows.dtype or torch.is_autocast_enabled(device)
-    return dtype if same and dtype in (torch.bfloat16, torch.float16) else torch.float32
+    halves = same and dtype in (torch.bfloat16, torch.float16) and sums_halves(rows.device, dtype)
+    return dtype if halves else torch.float32
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
