@@ -91,7 +91,7 @@ def test_sixteen_bits_are_far_below_the_tolerance(tmp_path):
 
 
 def test_what_a_gpu_rounds_under_autocast_is_no_difference_of_the_loss(tmp_path, monkeypatch):
-    """There float32 weights are multiplied in 16 bits; here a CPU's products stand in for the two that only CUDA has."""
+    """There float32 weights are multiplied in 16 bits. A CPU's products stand in for the two that only CUDA has."""
 
     def choose(rows, weight):
         return torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32

@@ -10,6 +10,7 @@ import time
 import pytest
 from torch.distributed import DistNetworkError
 
+from dft_common import logs
 from dft_common.errors import SetupError
 from dft_train import train_command
 from dft_train.ranks import launch
@@ -75,3 +76,22 @@ def test_a_mistake_of_all_is_told_by_the_first_of_a_node_alone(monkeypatch, tmp_
     assert time.monotonic() - began >= 0.1
     monkeypatch.setenv(launch.ERROR_FILE, str(tmp_path / "error"))
     assert not train_command._speaks()
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "warned"),
+    [(True, None, True), (True, "0,1", True), (True, "", False), (False, None, False)],
+    ids=["unseen", "unseen-by-number", "hidden", "none"],
+)
+def test_a_gpu_that_torch_does_not_see_is_told_of(driver, visible, warned, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "nvidiactl"
+    if driver:
+        path.touch()
+    monkeypatch.setattr(launch, "_DRIVER", path)
+    monkeypatch.setattr(launch, "has_accelerator", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    logs.setup()
+    launch.check_devices()
+    assert ("has an NVIDIA GPU, which torch" in capsys.readouterr().err) == warned

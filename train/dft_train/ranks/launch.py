@@ -29,6 +29,8 @@ EXIT_TERMINATED = 143
 MEET_SECONDS = 300.0
 """From the first rank at the meeting to the last: what imports on a slow disk may take, and no hour."""
 ALONE_SECONDS = 3.0
+_DRIVER = Path("/dev/nvidiactl")
+"""There while NVIDIA's driver is loaded."""
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -86,12 +88,27 @@ def local_world_size() -> int:
     return int(found or 1)
 
 
+def _warn_of_unseen_gpu() -> None:
+    """A run on the CPU of a machine with GPUs is a mistake of the installation, and shows by its slowness alone."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if _DRIVER.exists() and not hidden:
+        warn(
+            "this machine has an NVIDIA GPU, which torch %s does not see: it computes on the CPU, and that is slow. "
+            "`python -c 'import torch; torch.zeros(1).cuda()'` tells why (a torch without CUDA, or too old a driver)",
+            torch.__version__,
+        )
+
+
 def check_devices() -> None:
     """Raises SetupError where this node has more ranks than accelerators. Without any, ranks share the CPU."""
     import torch
 
     devices = torch.accelerator.device_count() if has_accelerator() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if not devices:
+        _warn_of_unseen_gpu()
     if not devices or local_rank < devices:
         return
     ranks = local_world_size()
