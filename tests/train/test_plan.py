@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from dft_train.ranks import launch
 from dft_train.plan import forecast as plan
+from dft_train.verify.command import choose_layers
 
 
 @pytest.fixture
@@ -55,3 +58,11 @@ def test_where_it_does_not_fit_it_says_what_would_help(dry_run, monkeypatch):
     assert code == 0 and not found["fits"]
     assert "IT DOES NOT FIT: a small device has 97.7 KiB" in error
     assert "--enable_gradient_checkpointing True" in error and "--per_device_train_batch_size 1" in error
+
+
+def test_an_accelerator_that_is_not_cudas_has_this_machines_memory(monkeypatch):
+    """As Apple's: it ended the dry run, as torch.cuda has no answer there."""
+    monkeypatch.setattr(launch, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plan.device_of_rank(1).name == "this machine's memory"
+    assert choose_layers(None, 70_000_000_000, 2) == 2

@@ -147,8 +147,8 @@ def _local_ranks(settings: Settings) -> int:
 
 
 def device_of_rank(ranks: int) -> Device:
-    """The accelerator, or this machine's memory shared by its ranks."""
-    if launch.has_accelerator():
+    """The GPU, or this machine's memory shared by its ranks (which is an Apple GPU's too)."""
+    if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Device(properties.name, properties.total_memory)
     return Device("this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks)

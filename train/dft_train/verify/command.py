@@ -141,7 +141,7 @@ def choose_layers(asked: int | None, parameters: int, ranks: int) -> int:
     """How many layers of the model's shape to verify; 0: the model itself."""
     if asked is not None:
         return asked
-    if launch.has_accelerator():
+    if torch.cuda.is_available():
         fits = parameters * _BYTES_EACH < 0.6 * torch.cuda.get_device_properties(0).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
