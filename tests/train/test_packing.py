@@ -15,10 +15,10 @@ from dft_common.flags import run_command
 from dft_common.reader import Row
 from dft_prep.cli import cli as prep_commands
 from dft_train.data.collate import collate, sequence_inputs
-from dft_train.guards.probe import LogitTransform, probe_logits, probe_packing
 from dft_train.models.head import HeadTap, LossRequest
+from dft_train.guards.probe import LogitTransform, probe_logits, probe_packing
 from dft_train.models.recurrent import reset_states
-from train import handmade, oracle
+from train import flash_on_a_cpu, handmade, oracle
 from train.same_run import assert_same_run
 from train.test_models import HYBRID
 
@@ -59,10 +59,7 @@ def loss_and_gradients(net, batches):
     return total, {name: p.grad.clone() for name, p in net.named_parameters()}
 
 
-ATTENTIONS = ["sdpa", "eager", pytest.param("flash_attention_2", marks=pytest.mark.gpu)]
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     ("architecture", "more"),
@@ -72,10 +69,10 @@ ATTENTIONS = ["sdpa", "eager", pytest.param("flash_attention_2", marks=pytest.ma
     ],
     ids=["qwen3-sliding", "lfm2"],
 )
-def test_packed_equals_alone(architecture, more, attention, checkpointing):
-    """With each attention, and where activations are computed again; see `test_models` for the architectures."""
-    if attention == "flash_attention_2" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+def test_packed_equals_alone(architecture, more, attention, checkpointing, monkeypatch):
+    """With each attention, and where activations are computed again; see `test_models` for the architectures, and
+    `test_gpu` for flash-attn itself, whose place plain torch takes here."""
+    varlen = flash_on_a_cpu.install(monkeypatch)
     net = model(architecture, attention, **more)
     reset_states(net)
     if checkpointing:
@@ -88,6 +85,7 @@ def test_packed_equals_alone(architecture, more, attention, checkpointing):
     assert abs(packed[0]) > 1
     for name, gradient in alone[1].items():
         torch.testing.assert_close(packed[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert ((0, 7, 19, 20, 29) in varlen.borders) == (attention == "flash_attention_2")
 
 
 def test_positions_that_do_not_restart_would_leak():
