@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dft_train.release.directory import Release
 from dft_train.weights import export
 from dft_train.weights.export import read_model, write_model
-from dft_train.release.directory import Release
 from dft_train.weights.tensor_file import TensorFile
 from dft_train.weights.weight_plan import make_plan
 from train import handmade

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dft_common.reader import Row
 from dft_train import three_products
 from dft_train.data.collate import Batch, collate
-from dft_train.models.head import HeadTap, LossRequest
 from dft_train.loss import linear_dft_loss
+from dft_train.models.head import HeadTap, LossRequest
 from train import handmade
 
 pytestmark = [

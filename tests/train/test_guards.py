@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.errors import SetupError
 from dft_common.reader import Row
-from dft_train.guards import first_batch as guards
 from dft_train import three_products
 from dft_train.data.collate import collate
+from dft_train.guards import first_batch as guards
 from dft_train.guards.first_batch import Guard, ask_model
-from dft_train.models.head import HeadTap, LossRequest
 from dft_train.guards.probe import inputs_for, measure_leak, refuse_leak
+from dft_train.models.head import HeadTap, LossRequest
 from train import handmade
 
 SMALL = {**handmade.SMALL, "initializer_range": 0.2}

@@ -15,8 +15,8 @@ from dft_common.flags import run_command
 from dft_common.reader import Row
 from dft_prep.cli import cli as prep_commands
 from dft_train.data.collate import collate, sequence_inputs
-from dft_train.models.head import HeadTap, LossRequest
 from dft_train.guards.probe import LogitTransform, probe_logits, probe_packing
+from dft_train.models.head import HeadTap, LossRequest
 from dft_train.models.recurrent import reset_states
 from train import flash_on_a_cpu, handmade, oracle
 from train.same_run import assert_same_run

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from dft_train.ranks import launch
 from dft_train.plan import forecast as plan
+from dft_train.ranks import launch
 from dft_train.verify.command import choose_layers
 
 

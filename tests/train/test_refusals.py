@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.errors import SetupError
-from dft_train.settings import checks
-from dft_train.ranks import launch
 from dft_train.models.load import _check_precision
+from dft_train.ranks import launch
+from dft_train.settings import checks
 from train import handmade
 
 

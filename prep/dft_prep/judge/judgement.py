@@ -15,18 +15,18 @@ from typing import Any
 import msgspec
 
 from dft_common.records import Conversation, Finding
+from dft_prep.codes.severities import AS_CODED, Severities
 from dft_prep.codes.table import CODES, Severity
+from dft_prep.judge.illegal import Illegal, by_the_standard, is_too_deep
+from dft_prep.judge.plain import PlainReader
+from dft_prep.judge.repeats import find_repeated, may_repeat
+from dft_prep.judge.rules import find_oddities
 from dft_prep.reconcile.converters import RecordError, quoted
 from dft_prep.reconcile.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_read, short_name, target_of
 from dft_prep.reconcile.formats import LABEL_FIELDS
-from dft_prep.judge.illegal import Illegal, by_the_standard, is_too_deep
-from dft_prep.judge.plain import PlainReader
-from dft_prep.sources.readers import RawRecord
 from dft_prep.reconcile.reading import AS_FOUND, Reading, written_path
 from dft_prep.reconcile.record import reconcile
-from dft_prep.judge.repeats import find_repeated, may_repeat
-from dft_prep.judge.rules import find_oddities
-from dft_prep.codes.severities import AS_CODED, Severities
+from dft_prep.sources.readers import RawRecord
 
 _decode = msgspec.json.Decoder().decode
 

@@ -41,6 +41,9 @@ from dft_train.guards.probe import (
     probe_packing,
     refuse_leak,
 )
+from dft_train.loss import linear_dft_loss, logits_dft_loss, transformed
+from dft_train.models.head import HeadTap, LossRequest, shift
+from dft_train.ranks.launch import have_met
 from dft_train.three_products import product_dtype
 
 FILE_NAME = "guards.json"

@@ -16,9 +16,9 @@ from dft_common.errors import DataError, SetupError
 from dft_common.fingerprint import describe_difference, load_tokenizer_json, tokenizer_fingerprint, tokenizer_meaning
 from dft_common.manifest import Manifest
 from dft_common.schema import TEMPLATE_NAME, TOKENIZER_DIR
+from dft_train.data.collate import FLASH
 from dft_train.ranks import launch
 from dft_train.settings.arguments import Settings
-from dft_train.data.collate import FLASH
 from dft_train.settings.deepspeed_config import choose_precision, read_deepspeed
 from dft_train.settings.lora_flags import base_of_adapter
 

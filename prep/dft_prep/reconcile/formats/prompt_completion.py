@@ -12,7 +12,14 @@ from typing import Any
 from dft_prep.reconcile.converters import to_text
 from dft_prep.reconcile.formats.dialogue import is_dialogue_before_reply, read_dialogue
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, read_history, read_messages, required_reply, the_one
+from dft_prep.reconcile.formats.turns import (
+    SHAREGPT_FIELDS,
+    Turns,
+    read_history,
+    read_messages,
+    required_reply,
+    the_one,
+)
 
 QUESTIONS = ("prompt", "question", "input")
 REPLIES = ("completion", "response", "answer", "output")

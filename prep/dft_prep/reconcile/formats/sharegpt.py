@@ -13,7 +13,15 @@ from dft_common.records import Message
 from dft_prep.reconcile.converters import CALL_ROLES, SHAREGPT_ROLES, RecordError, refuse_media, to_text
 from dft_prep.reconcile.formats.choices import is_only_prompt
 from dft_prep.reconcile.formats.format import Format
-from dft_prep.reconcile.formats.turns import SHAREGPT_FIELDS, Turns, listed, made_message, read_message, read_texts, the_one
+from dft_prep.reconcile.formats.turns import (
+    SHAREGPT_FIELDS,
+    Turns,
+    listed,
+    made_message,
+    read_message,
+    read_texts,
+    the_one,
+)
 
 CONVERSATIONS = ("conversations", "conversation")
 _EXCHANGES: dict[str, str] = {
