@@ -56,6 +56,17 @@ def test_every_number_is_a_mean_over_the_live_tokens_of_all_ranks():
     assert len(BINS) == P_BINS and set(FIELDS.values()) <= set(LossStats._fields)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1)])
+def test_a_checkpoints_sums_are_taken_up_with_and_without_an_auxiliary_loss(before, after):
+    """As when a run of experts goes on with `--router_aux_loss_coef 0`, or no longer with it."""
+    first = StepSums(CPU, before)
+    kept = [float(number) for number in range(1, len(first.total(lambda sums: sums)) + 1)]
+    sums = StepSums(CPU, after)
+    sums.add_sums(kept)
+    shared = len(FIELDS) + len(BINS)
+    assert sums.total(lambda sums: sums) == [*kept[:shared], *[0.0] * after, kept[-1]]
+
+
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=5))
 def test_the_worst_of_the_ranks_comes_with_the_sums_in_one_collective(measured):

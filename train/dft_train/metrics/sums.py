@@ -79,8 +79,12 @@ class StepSums:
         return torch.cat([part.reshape(-1) for part in (*parts, *more, stats.live)]).to(self._sums)
 
     def add_sums(self, sums: Sequence[float]) -> None:
-        """Sums of all ranks, as a checkpoint kept them; to be called on one rank."""
-        self._sums += torch.tensor(sums, dtype=self._sums.dtype, device=self._sums.device)
+        """Sums of all ranks, as a checkpoint kept them; to be called on one rank. `more` of them may be others: a run
+        may go on with an auxiliary loss that it did not have, or without it."""
+        *kept, live = sums
+        places = len(self._sums) - 1
+        kept = [*kept, *[0.0] * places][:places]
+        self._sums += torch.tensor([*kept, live], dtype=self._sums.dtype, device=self._sums.device)
 
     def total(self, reduce: Reduce) -> list[float]:
         """The sums over all ranks: one collective."""
