@@ -159,6 +159,8 @@ def test_an_added_token_that_the_models_vocabulary_holds_must_have_its_id(token_
         (("--attn_implementation", "flex_attention"), ("expected one of sdpa, eager, flash_attention_2",)),
         (("--report_to", "tensorbord"), ("did you mean tensorboard?",)),
         (("--label_smoothing_factor", 0.1), ("not supported",)),
+        (("--torch_compile_backend", "eager"), ("not supported", "loss inside the head")),
+        (("--torch_compile_mode", "default"), ("not supported", "loss inside the head")),
         (("--lr_scheduler_type", "spiral"), ("spiral is not a valid",)),
         (("--deepspeed", "nowhere.json"), ("No such file",)),
         (("--resume_from_checkpoint", "nowhere"), ("no such directory",)),

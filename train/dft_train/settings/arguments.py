@@ -199,7 +199,10 @@ REFUSED = {
     "train_sampling_strategy": "the pack index gives the order",
     "use_liger_kernel": "it replaces the loss",
     "fsdp": "use --deepspeed, or plain data parallelism",
-    "torch_compile": "it has not been tested with the loss inside the head",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "it has not been tested with the loss inside the head",
+    ),
     "save_on_each_node": "the nodes share the file system of --output_dir",
     "parallelism_config": "ranks are data-parallel only",
     "include_num_input_tokens_seen": "tokens_seen is always logged",
