@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dft_common.manifest import read_manifest
 from dft_train import loop
@@ -84,6 +85,24 @@ def test_a_layout_that_fails_is_told(verify_here, monkeypatch):
     monkeypatch.setattr(verify, "layouts", lambda *_, **__: failing)
     code, text = verify_here()
     assert code == 1 and "FAILED" in text and "exit" in text
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_layout_that_logs_no_norm_is_compared_by_all_else(logged, tmp_path):
+    """As DeepSpeed's stage 0 in float32."""
+    (tmp_path / "gradients").mkdir()
+    lines = [{"loss": loss, **({"grad_norm": 2.0} if logged else {})} for loss in (1.5, 1.25)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [*lines, {"train_loss": 1.375}]}))
+    for name in ("model", "gradients/gradients-1", "gradients/gradients-2"):
+        save_file({"weight": torch.ones(3)}, tmp_path / f"{name}.safetensors")
+    outcome = verify_layouts.Outcome(Layout("ZeRO-0", 2, 1), tmp_path, 0, "")
+    same = verify.Numbers([1.5, 1.25], [2.0, 2.0], [{"weight": torch.ones(3)}] * 2, {"weight": torch.ones(3)})
+    row = verify.compare(outcome, same)
+    assert row.losses == [1.5, 1.25] and row.norm == (0.0 if logged else None) and row.wrong(bf16=False) == []
+    assert verify.compare(outcome, same._replace(losses=[1.5, 1.0])).wrong(bf16=False) == ["loss"]
+    assert json.loads(verify._as_json([row], {}, "", False, True))["layouts"][0]["norm"] == row.norm
+    shown = verify._text([row], {}, "", False, True).splitlines()[3]
+    assert shown.endswith("ok") and ("  -  " in shown) is not logged
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ class Numbers(NamedTuple):
 
     losses: list[float]
     norms: list[float]
+    """Empty where none is logged: DeepSpeed's stage 0 in float32."""
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
 
@@ -58,7 +59,8 @@ class Row(NamedTuple):
     name: str
     losses: list[float]
     loss: float
-    norm: float
+    norm: float | None
+    """None where the layout logs no norm."""
     gradient: float
     weights: float
     message: str
@@ -68,7 +70,8 @@ class Row(NamedTuple):
         """What is above its tolerance; a number that is none counts as above."""
         if self.message:
             return ["run"]
-        return [name for name, both in _TOLERANCES.items() if not getattr(self, name) <= both[bf16]]
+        known = {name: value for name in _TOLERANCES if (value := getattr(self, name)) is not None}
+        return [name for name, value in known.items() if not value <= _TOLERANCES[name][bf16]]
 
 
 def _load(folder: Path, pattern: str) -> dict[str, Tensor]:
@@ -83,10 +86,10 @@ def _load(folder: Path, pattern: str) -> dict[str, Tensor]:
 def read_numbers(directory: Path) -> Numbers:
     """From the files of a run."""
     history = json.loads((directory / "trainer_state.json").read_bytes())["log_history"]
-    lines = [line for line in history if "loss" in line and "grad_norm" in line]
+    lines = [line for line in history if "loss" in line]
     return Numbers(
         losses=[line["loss"] for line in lines],
-        norms=[line["grad_norm"] for line in lines],
+        norms=[line["grad_norm"] for line in lines if "grad_norm" in line],
         gradients=[_load(directory / "gradients", f"gradients-{step + 1}.safetensors") for step in range(STEPS)],
         weights=_load(directory, "*.safetensors"),
     )
@@ -123,7 +126,7 @@ def compare(outcome: Outcome, reference: Numbers) -> Row:
         outcome.layout.name,
         numbers.losses,
         loss=max(map(_relative, numbers.losses, reference.losses)),
-        norm=max(map(_relative, numbers.norms, reference.norms)),
+        norm=max(map(_relative, numbers.norms, reference.norms)) if numbers.norms else None,
         gradient=max(largest_difference(ours, theirs) for ours, theirs in pairs),
         weights=largest_difference(numbers.weights, reference.weights),
         message="",
@@ -193,7 +196,8 @@ def _text(rows: list[Row], leak: Mapping[str, float], about: str, bf16: bool, go
             lines.append(f"{row.name:{width}}  FAILED  {row.message}")
             continue
         losses = " ".join(f"{loss:10.6f}" for loss in row.losses)
-        numbers = "  ".join(f"{value:7.1e}" for value in (row.loss, row.norm, row.gradient, row.weights))
+        differences = (row.loss, row.norm, row.gradient, row.weights)
+        numbers = "  ".join(f"{'-':7}" if value is None else f"{value:7.1e}" for value in differences)
         wrong = row.wrong(bf16)
         lines.append(
             f"{row.name:{width}}  {losses}       {numbers}  {'DIFFERS: ' + ', '.join(wrong) if wrong else 'ok'}"
