@@ -150,6 +150,16 @@ def test_the_log_has_the_steps_auxiliary_loss(accumulated, dataset, moe):
     assert len(lines) == 5 and lines[0]["aux_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_checkpointing_that_would_lose_its_gradient_is_refused(dataset, moe, train_here, tmp_path):
+    common = ("--dataset_dir", dataset, "--model_name_or_path", moe, *FLAGS, "--output_dir", tmp_path)
+    reentrant = ("--activation_checkpointing_kwargs", '{"use_reentrant": true}')
+    code, error = train_here(*common, "--enable_gradient_checkpointing", *reentrant)
+    assert code == 2 and "no gradient" in error and "--router_aux_loss_coef 0" in error
+    assert not list(tmp_path.glob("*.safetensors"))
+    flags = ("--enable_gradient_checkpointing", *reentrant, "--router_aux_loss_coef", 0, "--max_steps", 1)
+    assert train_here(*common, *flags)[0] == 0
+
+
 def test_it_changes_what_is_trained_and_micro_batches_do_not_multiply_it(
     accumulated, dataset, moe, train_here, tmp_path
 ):

@@ -74,7 +74,9 @@ class DftTrainer(CheckpointedTrainer):
         plain = plain_model(model)
         self._tap = HeadTap(plain)
         self._release = release
-        self._router = router_loss(plain, router_aux_loss_coef)
+        recomputes: Any = (args.activation_checkpointing and args.activation_checkpointing_kwargs) or {}
+        reentrant = bool(recomputes.get("use_reentrant"))
+        self._router = router_loss(plain, router_aux_loss_coef, reentrant=reentrant)
         self._tap.wants_router = self._router is not None
         self._plain_model = plain
         super().__init__(model=model, args=args, train_dataset=train_split, eval_dataset=eval_split)

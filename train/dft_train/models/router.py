@@ -68,10 +68,11 @@ def _first(config: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
-def router_loss(model: Any, wanted: float | None) -> RouterLoss | None:
+def router_loss(model: Any, wanted: float | None, *, reentrant: bool = False) -> RouterLoss | None:
     """The auxiliary loss of `model`: with the coefficient `wanted`, None for that of its configuration.
 
-    None where the coefficient is 0 or the model has no such loss. Raises SetupError where one is wanted all the same.
+    None where the coefficient is 0 or the model has no such loss. Raises SetupError where one is wanted all the same,
+    and with `reentrant` gradient checkpointing, which records the router's logits without their graph.
     """
     config = model.config.get_text_config()
     top_k = _first(model, "num_experts_per_tok") or _first(config, "num_experts_per_tok", "num_experts_per_token")
@@ -86,6 +87,12 @@ def router_loss(model: Any, wanted: float | None) -> RouterLoss | None:
     found = _first(config, "router_aux_loss_coef", "aux_loss_coef") if wanted is None else wanted
     if not found:
         return None
+    if reentrant:
+        raise SetupError(
+            "use_reentrant: true: this kind of gradient checkpointing gives the auxiliary loss of a mixture of experts "
+            "no gradient",
+            remedy="leave use_reentrant out (it is false by default), or the loss: `--router_aux_loss_coef 0`",
+        )
     get_logger().info(
         "mixture of experts: its auxiliary loss counts %g (--router_aux_loss_coef 0 leaves it out)", found
     )
