@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import tiny
 from dft_prep.validate.command import ValidateOptions, run_validate
-from prep.test_findings import FINDINGS, written
+from prep.validate.test_findings import FINDINGS, written
 
 SARIF, JUNIT = os.environ.get("SARIF_SCHEMA"), os.environ.get("JUNIT_XSD")
 SOURCES = Path(__file__).resolve().parents[3] / "shared" / "sources"

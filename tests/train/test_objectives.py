@@ -15,7 +15,7 @@ from dft_train.objectives import OBJECTIVES, OPTIONS, RowFacts, with_defaults
 from dft_train.settings.arguments import OWN_FLAGS
 from dft_train.train_command import choose_command
 from train.same_run import assert_same_run
-from train.test_arguments import COMMON, parse
+from train.settings.test_arguments import COMMON, parse
 
 FLAGS = {flag.name: flag for flag in OWN_FLAGS}
 

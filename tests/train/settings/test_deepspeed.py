@@ -16,9 +16,9 @@ from dft_common.errors import SetupError
 from dft_train.settings import deepspeed_checks
 from dft_train.settings.deepspeed_config import Precision, choose_precision, read_deepspeed, working_copy
 from train import handmade
-from train.test_arguments import users_flags
+from train.settings.test_arguments import users_flags
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

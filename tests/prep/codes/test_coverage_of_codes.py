@@ -9,7 +9,7 @@ import pytest
 
 from dft_prep.codes.table import CODES
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parents[2]
 NOT_TESTS = {"test_coverage_of_codes.py", "test_codes.py", "test_findings.py"}
 
 

@@ -21,7 +21,7 @@ from dft_train.ranks import slurm
 from dft_train.ranks.launch import LAUNCH_ID, free_port
 from train import handmade
 from train.conftest import BIN
-from train.test_arguments import REPO, parse
+from train.settings.test_arguments import REPO, parse
 
 FLAGS = (
     "--max_steps", 3, "--logging_steps", 1, "--learning_rate", 3e-3, "--adam_epsilon", 1e-4,

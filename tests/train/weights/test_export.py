@@ -211,9 +211,9 @@ def test_a_save_holds_one_parameter_at_a_time(dataset, tmp_path):
         "--output_dir", tmp_path / "run", "--deepspeed", config, "--torch_dtype", "float32", "--max_steps", 2,
         "--learning_rate", 0, "--save_strategy", "no",
     )  # fmt: skip
-    script = "import sys, pathlib; from train.test_export import measured_run as run; "
+    script = "import sys, pathlib; from train.weights.test_export import measured_run as run; "
     script += "run(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -449,7 +449,7 @@ def test_what_is_of_no_known_format_is_told_the_way_out(record, help):
     assert help in refusal.value.help
 
 
-DOC = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text("utf-8")
+DOC = (Path(__file__).resolve().parents[3] / "docs" / "formats.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^\| `(\w+)` \| .* \| `(\{.*\})` \|$", DOC, re.MULTILINE)
 
 

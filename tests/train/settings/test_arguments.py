@@ -14,7 +14,7 @@ from dft_common.errors import SetupError
 from dft_train.settings.arguments import OWN_FLAGS, REFUSED, STATIC_FLAGS, TRAINING_FLAGS, Settings
 from dft_train.train_command import choose_command
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 def parse(monkeypatch, *arguments: str) -> Settings:

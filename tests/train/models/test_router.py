@@ -18,8 +18,8 @@ from dft_train.data.sampler import Layout
 from dft_train.models.head import HeadTap, LossRequest
 from dft_train.models.router import RouterLoss, balance_loss, router_loss
 from train import handmade
+from train.models.test_models import EXPERTS, assert_gradients, random_rows
 from train.same_run import assert_same_run, history
-from train.test_models import EXPERTS, assert_gradients, random_rows
 
 MOE = {**EXPERTS, "decoder_sparse_step": 1}
 COEFFICIENT = 0.5

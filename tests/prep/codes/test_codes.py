@@ -16,7 +16,7 @@ from dft_prep.sources.named import resolve_sources
 from dft_prep.sources.readers import UnitReader
 from dft_prep.sources.units import plan_units
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 # Calls that raise or make a finding with a code, and the code's place among their arguments.
 RAISED = {"RecordError": 0, "Illegal": 0, "RenderRefusal": 0, "FileError": 0, "Oddity": 0, "record_finding": 2}
 # These are of records, but their example is no line that could stand here.

@@ -19,8 +19,8 @@ from dft_train.guards.probe import LogitTransform, probe_logits, probe_packing
 from dft_train.models.head import HeadTap, LossRequest
 from dft_train.models.recurrent import reset_states
 from train import flash_on_a_cpu, handmade, oracle
+from train.models.test_models import HYBRID
 from train.same_run import assert_same_run
-from train.test_models import HYBRID
 
 
 def model(architecture: str, attention: str = "sdpa", **more):
