@@ -32,7 +32,7 @@ from dft_train.guards.probe import LogitTransform
 from dft_train.loss import LossStats
 from dft_train.metrics.console import ConsoleLines
 from dft_train.metrics.journal import Journal
-from dft_train.metrics.sums import Clock, SourceSums, Speed, StepSums, peak_memory_gib, ratios
+from dft_train.metrics.sums import Clock, SourceSums, Speed, StepSums, evaluation_names, peak_memory_gib, ratios
 from dft_train.models.head import HeadTap, LossRequest
 from dft_train.models.lora import is_adapted, plain_model
 from dft_train.models.router import router_loss
@@ -319,12 +319,8 @@ class DftTrainer(CheckpointedTrainer):
                 # A label stands one place after the token that predicts it; within a slice both are of one source.
                 sums.add(stats, batch.source_ids.reshape(-1))
         overall, by_source = sums.metrics(self._reduce)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in overall.items()}
-        for source, numbers in by_source.items():
-            for name, value in numbers.items():
-                key = f"{metric_key_prefix}_{source}_{name}"
-                metrics[key] = value
-                self._tracker_names[key] = f"{metric_key_prefix}_{source}/{name}"
+        metrics, tracked = evaluation_names(metric_key_prefix, overall, by_source)
+        self._tracker_names |= tracked
         seconds = time.monotonic() - start
         metrics[f"{metric_key_prefix}_runtime"] = seconds
         metrics[f"{metric_key_prefix}_tokens_per_second"] = int(split.tokens.sum()) / seconds

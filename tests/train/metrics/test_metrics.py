@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
@@ -18,7 +19,17 @@ from transformers import TrainerState
 from dft_train.data.sampler import Layout, StepSampler
 from dft_train.loss import P_BINS, LossStats, linear_dft_loss
 from dft_train.metrics.journal import JOURNAL_NAME, Journal, encode_line
-from dft_train.metrics.sums import BINS, FIELDS, MEASURED, SourceSums, Speed, StepSums, peak_memory_gib, ratios
+from dft_train.metrics.sums import (
+    BINS,
+    FIELDS,
+    MEASURED,
+    SourceSums,
+    Speed,
+    StepSums,
+    evaluation_names,
+    peak_memory_gib,
+    ratios,
+)
 from train import handmade
 
 CPU = torch.device("cpu")
@@ -249,3 +260,19 @@ def test_two_ranks_log_what_one_logs_and_metrics_jsonl_has_it_all(tmp_path, flag
         assert [
             {key: value for key, value in line.items() if key != "time"} for line in lines(tmp_path / name)
         ] == history
+
+
+def test_no_source_takes_the_name_of_another_number():
+    """`eval_ce_loss` is the cross entropy, and the loss of a source called `ce`; `eval_x_ce_loss` could be two."""
+    number = itertools.count()
+    names = ("loss", "ce_loss")
+    overall = {name: float(next(number)) for name in names}
+    by_source = {source: {name: float(next(number)) for name in names} for source in ("ce", "x", "x_ce", "chat")}
+    metrics, tracked = evaluation_names("eval", overall, by_source)
+    assert sorted(metrics.values()) == list(range(10))
+    assert metrics["eval_loss"] == 0 and metrics["eval_ce_loss"] == 1
+    assert {metrics["eval_ce/loss"], metrics["eval_ce_ce_loss"]} == {2, 3}
+    assert {metrics["eval_x_ce_loss"], metrics["eval_x_ce/loss"]} == {5, 6}
+    assert metrics["eval_chat_loss"] == 8
+    shown = {tracked.get(name, name) for name in metrics}
+    assert shown == {f"eval_{s}/{name}" for s in by_source for name in names} | {"eval_loss", "eval_ce_loss"}

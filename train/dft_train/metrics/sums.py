@@ -11,7 +11,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -169,6 +169,24 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def evaluation_names(
+    prefix: str, overall: Mapping[str, float], by_source: Mapping[str, Mapping[str, float]]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(the numbers of an evaluation by the names they have in log_history, those of sources -> their trackers' names).
+
+    `PREFIX_NAME` and `PREFIX_<source>_NAME`; `PREFIX_<source>/NAME`, as in trackers, where that is taken: a source
+    called `ce` has a loss too.
+    """
+    metrics = {f"{prefix}_{name}": value for name, value in overall.items()}
+    tracked = {}
+    for source, numbers in by_source.items():
+        for name, value in numbers.items():
+            key, folder = f"{prefix}_{source}_{name}", f"{prefix}_{source}/{name}"
+            key = folder if key in metrics else key
+            metrics[key], tracked[key] = value, folder
+    return metrics, tracked
 
 
 class Clock:

@@ -160,6 +160,12 @@ def _results(at: Progress) -> list[tuple[object, ...]]:
     return [row for row in rows if any(value != "" for value in row[1:])]
 
 
+def _source_loss(at: Progress, source: str) -> object:
+    """See `sums.evaluation_names`."""
+    found = at.evaluation
+    return found.get(f"eval_{source}/loss", found.get(f"eval_{source}_loss", ""))
+
+
 def model_card(origin: Origin, at: Progress) -> str:
     """README.md."""
     what = {
@@ -168,9 +174,7 @@ def model_card(origin: Origin, at: Progress) -> str:
         "merged": "With a LoRA adapter merged in, this is",
     }
     data = origin.dataset
-    sources = [
-        (name, *counts.values(), at.evaluation.get(f"eval_{name}_loss", "")) for name, counts in data["sources"].items()
-    ]
+    sources = [(name, *counts.values(), _source_loss(at, name)) for name, counts in data["sources"].items()]
     epochs = "" if at.epoch is None else f" ({at.epoch:.4g} epochs)"
     results = _results(at)
     parts = [
