@@ -92,10 +92,12 @@ def _click_type(flag: Flag) -> click.ParamType:
 def click_option(flag: Flag) -> click.Option:
     """`flag` as a click option."""
     names = [f"--{spelling}" if len(spelling) > 1 else f"-{spelling}" for spelling in flag.spellings]
+    # click takes a default of None for a value that is there, and then asks for nothing.
+    default = {} if flag.required else {"default": flag.default}
     return click.Option(
         [*names, flag.name],
         type=_click_type(flag),
-        default=flag.default,
+        **default,
         multiple=flag.kind == "list",
         required=flag.required,
         metavar=flag.metavar,

@@ -74,6 +74,13 @@ def test_bad_usage_exits_2_and_names_the_flag(given, message, capsys):
     assert "Traceback" not in err
 
 
+def test_a_required_flag_is_asked_for(capsys):
+    command = FlagCommand("x", lambda **_: 0, [Flag(name="dataset_dir", required=True)])
+    assert run_command(command, "x", []) == 2
+    assert "Missing option '--dataset_dir'" in capsys.readouterr().err
+    assert run_command(command, "x", ["--dataset_dir", "OUT"]) == 0
+
+
 def test_bad_data_exits_1_with_the_remedy(capsys):
     def fail(**_):
         raise DataError("a.jsonl:3: found \x1b[31mred", remedy="repair it")

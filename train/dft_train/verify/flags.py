@@ -19,6 +19,12 @@ VERIFY_HELP = (
 )
 
 _REQUIRED = ("model_name_or_path", "dataset_dir")
+_OTHER_HELP = {
+    "model_name_or_path": "Directory or hub id of the model.",
+    "dataset_dir": "A dataset that `dft-prep build` wrote.",
+    "seed": "Of everything random. Default: 42.",
+}
+"""Of flags whose help for `train` speaks of more."""
 _OF_A_STEP = (
     "max_length", "attn_implementation", "trust_remote_code", "enable_gradient_checkpointing", "objective", "dft_alpha",
     "router_aux_loss_coef", "learning_rate", "weight_decay", "max_grad_norm", "optim", "seed", "data_seed",
@@ -49,7 +55,9 @@ OWN_FLAGS = (
 def verify_flags() -> list[Flag]:
     """Every flag of the command."""
     passed = [
-        dataclasses.replace(flag, required=flag.name in _REQUIRED) for flag in STATIC_FLAGS if flag.name in PASSED_ON
+        dataclasses.replace(flag, required=flag.name in _REQUIRED, help=_OTHER_HELP.get(flag.name, flag.help))
+        for flag in STATIC_FLAGS
+        if flag.name in PASSED_ON
     ]
     names = {flag.name for flag in OWN_FLAGS}
     return [*(flag for flag in passed if flag.name not in names), *OWN_FLAGS]
