@@ -40,7 +40,11 @@ def _verify(**values: Any) -> int:
     return run(values, given)
 
 
-group = _Group("dft-train", help="Stage 2 of the DFT Toolkit: train on a prepared dataset.")
+group = _Group(
+    "dft-train",
+    help="Stage 2 of the DFT Toolkit: train on a prepared dataset.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 group.add_command(FlagCommand("verify", _verify, verify_flags(), help=VERIFY_HELP))
 
 

@@ -23,7 +23,8 @@ from dft_train.settings.arguments import STATIC_FLAGS, TRAINING_FLAGS, make_sett
 TRAIN_HELP = (
     "Train a model on a dataset of `dft-prep build` with the DFT loss (arXiv 2508.05629). Runs alone, under torchrun "
     "(`torchrun --nproc_per_node N -m dft_train ...`) and under DeepSpeed (`deepspeed --num_gpus=N --module dft_train "
-    "...`). Every field of transformers' TrainingArguments is a flag too: --help_all lists them."
+    "...`). Every field of transformers' TrainingArguments is a flag too: --help_all lists them. The other command is "
+    "`dft-train verify`: does this model train alike in every layout?"
 )
 _ALWAYS = ("help", "help_all", "config")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dft_common.errors import SetupError
+from dft_train.cli import main
 from dft_train.settings.arguments import OWN_FLAGS, REFUSED, STATIC_FLAGS, TRAINING_FLAGS, Settings
 from dft_train.train_command import choose_command
 
@@ -93,6 +94,12 @@ def test_the_flags_of_help_are_frozen():
     names = [flag.name for flag in STATIC_FLAGS]
     assert len(names) == len(set(names))
     assert {"dataset_dir", "data_files", "tokenizer", "chat_template", "overlong", "packing", "seed"} <= set(names)
+
+
+@pytest.mark.parametrize("words", [["-h"], ["train", "-h"], ["verify", "-h"]])
+def test_h_is_help_and_names_the_other_command(words, capsys):
+    assert main(words) == 0
+    assert "dft-train verify" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
