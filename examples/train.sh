@@ -16,6 +16,9 @@ LOG_DIR="logs"
 mkdir -p ${LOG_DIR}
 LOG_FILE="${LOG_DIR}/train_$(date +%F_%H%M%S).log"
 
+# What is printed goes to the log file as well.
+exec > >(tee "${LOG_FILE}") 2>&1
+
 deepspeed --num_gpus=8 --module dft_train \
     --model_name_or_path /path/to/your/base_model \
     --torch_dtype bfloat16 \
@@ -49,5 +52,3 @@ deepspeed --num_gpus=8 --module dft_train \
     --logging_dir ${LOG_DIR} \
     --remove_unused_columns False \
     --ddp_find_unused_parameters False
-
-echo "Training started in background. Log file: ${LOG_FILE}"
