@@ -53,11 +53,14 @@ def test_a_limit_on_a_source_counts_conversations(dft_prep, thinking_dir, tmp_pa
     data = tiny.write_jsonl(tmp_path / "data.jsonl", reasoned(30))
     config = tmp_path / "c.yaml"
     config.write_text(json.dumps({"data_files": [{"path": str(data), "max_conversations": 7}]}))
-    dft_prep(
+    done = dft_prep(
         "build", "--config", config, "--tokenizer", thinking_dir, "--output_dir", tmp_path / "out", "--unroll_turns"
     )
     counts = read_manifest(tmp_path / "out").counts
     assert (counts.kept, counts.rows, counts.left_out) == (7, 14, {"over_max_conversations": 23})
+    # They are not in the quarantine, so nobody is sent there.
+    assert "over_max_conversations 23\n" in done.stderr
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
 
 
 def test_history_that_a_template_rewrites_is_counted_and_the_remedies_named(dft_prep, thinking_dir, tmp_path):

@@ -49,7 +49,9 @@ def summary_lines(manifest: Manifest, indexes: Sequence[PackIndexInfo]) -> list[
     lines = _table(rows)
     for name, count in named:
         if count.left_out:
-            lines.append(f"  left out of {name}: {_reasons(count)} (see {QUARANTINE_NAME})")
+            # What is beyond a source's own limit is no fault, and not copied to the quarantine.
+            see = f" (see {QUARANTINE_NAME})" if set(count.left_out) - {"over_max_conversations"} else ""
+            lines.append(f"  left out of {name}: {_reasons(count)}{see}")
     for source in manifest.sources:
         if source.ignored_fields:
             lines.append(unused_line(source.name, source.ignored_fields))
