@@ -114,6 +114,7 @@ def to_content(value: Any, path: str) -> Content:
 
 def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls: list[ToolCall]) -> None:
     if isinstance(part, str):
+        _refuse_late("text", part, path, texts, calls)
         texts.append(part)
         return
     # Parquet gives every part every key, so that null is as absent.
@@ -134,7 +135,18 @@ def _add_part(part: Any, path: str, texts: list[str], reasons: list[str], calls:
         message = f"got {type_name(value)} as the part's text"
         raise RecordError("content_type", path, message, "write the part as {'type': 'text', 'text': ...}")
     else:
+        _refuse_late(kind, value, path, texts, calls)
         (reasons if kind in REASONING_PARTS else texts).append(value)
+
+
+def _refuse_late(kind: str, value: str, path: str, texts: list[str], calls: list[ToolCall]) -> None:
+    """Raise RecordError for a part behind one that comes after it in a turn: it would be trained in another order."""
+    said = kind in REASONING_PARTS and any(text.strip() for text in texts)
+    if (calls or said) and value.strip():
+        message = (
+            f"a part of type {kind} behind a {'tool call' if calls else 'text'}: a turn has reasoning, text, calls"
+        )
+        raise RecordError("unsupported_part", path, message, "begin another turn with it, or leave the record out")
 
 
 def value_of_part(part: Mapping[str, Any], kind: str) -> Any:

@@ -233,6 +233,29 @@ def test_a_result_within_the_assistants_turn_is_refused_for_no_one_turn_has_that
     assert (refusal.value.code, refusal.value.path) == ("unsupported_part", "$.messages[1].content[1]")
 
 
+THINKING, TEXT = {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}
+USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "at"),
+    [([THINKING, TEXT, THINKING, TEXT], 2), ([USE, TEXT], 1), ([USE, "a"], 1), ([THINKING, USE, THINKING, USE], 2)],
+)
+def test_blocks_in_an_order_that_no_turn_has_are_refused(blocks, at):
+    """They were joined as reasoning, text and calls: what was trained had never been said so."""
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"messages": [CONVERSATION[0], {"role": "assistant", "content": blocks}]})
+    assert (refusal.value.code, refusal.value.path) == ("unsupported_part", f"$.messages[1].content[{at}]")
+
+
+def test_white_space_between_blocks_has_no_order():
+    blocks = [{"type": "text", "text": "\n\n"}, THINKING, THINKING, TEXT, TEXT, USE, {"type": "text", "text": ""}, USE]
+    message = reconcile(
+        {"messages": [CONVERSATION[0], {"role": "assistant", "content": blocks}]}
+    ).conversation.messages[1]
+    assert (message.reasoning, message.content, len(message.tool_calls)) == ("tt", "\n\naa", 2)
+
+
 @pytest.mark.parametrize("write", [lambda calls: calls, json.dumps], ids=["list", "text"])
 def test_xlams_answers_are_the_calls_of_the_reply(write):
     record = {"id": 7, "query": "q", "answers": write([{"name": "f", "arguments": {"n": 1}}, {"name": "g"}])}
