@@ -233,6 +233,11 @@ def test_a_result_within_the_assistants_turn_is_refused_for_no_one_turn_has_that
     assert (refusal.value.code, refusal.value.path) == ("unsupported_part", "$.messages[1].content[1]")
 
 
+def test_chatml_whose_lines_end_with_cr_lf_keeps_them_in_its_texts_alone():
+    text = "<|im_start|>user\r\nq\r\nq<|im_end|>\r\n<|im_start|>assistant\r\na\r\n<|im_end|>\r\n"
+    assert said({"text": text}) == [("user", "q\r\nq"), ("assistant", "a\r\n")]
+
+
 THINKING, TEXT = {"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}
 USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
 

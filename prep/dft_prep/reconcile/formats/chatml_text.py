@@ -10,7 +10,7 @@ from dft_prep.reconcile.converters import OPENAI_ROLES, RecordError, to_role, to
 from dft_prep.reconcile.formats.format import Format
 from dft_prep.reconcile.formats.turns import Turns
 
-_TURN = re.compile(r"\s*<\|im_start\|>(?P<role>[^\n<]*)\n(?P<content>.*?)<\|im_end\|>", re.DOTALL)
+_TURN = re.compile(r"\s*<\|im_start\|>(?P<role>[^\r\n<]*)\r?\n(?P<content>.*?)<\|im_end\|>", re.DOTALL)
 _START = "<|im_start|>"
 
 
