@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -185,6 +186,8 @@ def _is_blank(value: Any) -> bool:
     return all(map(_is_blank, value)) if isinstance(value, list) else not value or isinstance(value, bool | int | float)
 
 
+_MAYBE_BEYOND = re.compile(r"[eE]\+?0*[1-9][0-9]{2}|[0-9]{300}")
+"""What a number beyond the range of a float has: an exponent of three digits, or as many digits itself."""
 _NO_ARGUMENTS = msgspec.Raw(b"null")
 
 
@@ -229,20 +232,28 @@ def to_tool_calls_from_text(text: str, path: str) -> list[ToolCall]:
         message = f"not a tool call as JSON with a name: {error}"
         raise RecordError("bad_tool_calls", path, message, 'write it as {"name": ..., "arguments": {...}}') from None
     for call in calls:
-        _refuse_half_pairs(call.arguments, path)
+        _refuse_unprintable(call.arguments, path)
     return calls
 
 
-def _refuse_half_pairs(arguments: str, path: str) -> None:
-    """Raise RecordError for arguments that a template which takes them as an object could not print as characters."""
-    if "\\u" not in arguments:
+def _refuse_unprintable(arguments: str, path: str) -> None:
+    """Raise RecordError for arguments that a template which takes them as an object could not print: half a surrogate
+    pair is no character, and a number beyond the range of a float would be printed as Infinity."""
+    if "\\u" not in arguments and not _MAYBE_BEYOND.search(arguments):
         return
     try:
-        json.dumps(json.loads(arguments), ensure_ascii=False).encode()
+        value = json.loads(arguments, parse_int=float, parse_constant=str)
+    except (ValueError, RecursionError):
+        return  # no JSON: printed as the text that it is
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise _half_pair(error, path) from None
-    except (ValueError, RecursionError):
-        pass  # no JSON: printed as the text that it is
+    except RecursionError:
+        pass
+    except ValueError:
+        message = "the arguments hold a number beyond the range of a float"
+        raise RecordError("bad_tool_calls", path, message, "write a number that a float can hold") from None
 
 
 def _half_pair(error: UnicodeEncodeError, path: str) -> RecordError:
@@ -266,7 +277,7 @@ def to_tool_call(value: Any, path: str) -> ToolCall:
     elif not isinstance(arguments, str):
         arguments = compact_json(arguments, f"{path}.arguments")
     else:
-        _refuse_half_pairs(arguments, f"{path}.arguments")
+        _refuse_unprintable(arguments, f"{path}.arguments")
     identity = value.get("id")
     return ToolCall(name=name, arguments=arguments, id=identity if isinstance(identity, str) else None)
 

@@ -280,6 +280,12 @@ HALF = '"\\ud800"'
         ({"tools": '[{"name": "f", "p": 1e999}]'}, "bad_tools", "$.tools"),
         ({"tools": ['{"name": "f"']}, "bad_tools", "$.tools[0]"),
         ({"call": {"name": "f", "arguments": f'{{"x": {HALF}}}'}}, "lone_surrogate", "$.messages[1].tool_calls[0]"),
+        ({"call": {"name": "f", "arguments": '{"x": [-1e999]}'}}, "bad_tool_calls", "$.messages[1].tool_calls[0]"),
+        (
+            {"call": {"name": "f", "arguments": f'{{"x": 1{"0" * 5000}}}'}},
+            "bad_tool_calls",
+            "$.messages[1].tool_calls[0]",
+        ),
         (
             {"call": {"function": {"name": "f", "arguments": f'{{"x": {HALF}}}'}}},
             "lone_surrogate",
@@ -312,6 +318,12 @@ def test_calls_in_any_of_their_forms_may_be_json_text(write):
         (None, "h", "{}"),
     ]
     assert message.tool_calls[0].arguments == '{"a":  1}'
+
+
+@pytest.mark.parametrize("arguments", ['{"x": "1e999"}', '{"x": 1e300}', '{"x": 1e-999}', '{"x": 1e999', "1e999 x"])
+def test_arguments_that_print_as_they_are_written_are_kept(arguments):
+    call = {"function": {"name": "f", "arguments": arguments}}
+    assert reply(content=None, tool_calls=[call]).tool_calls[0].arguments == arguments
 
 
 def test_a_call_in_the_older_and_the_newer_field_is_one_call():
