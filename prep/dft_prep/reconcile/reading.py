@@ -23,6 +23,8 @@ READING_KEYS = ("format", "fields", "roles")
 _NOTHING = object()
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]|\['([^']+)'\]")
 _PATH = re.compile(r"\$?(?:\.?[^.\[\]]+|\[\d+\]|\['[^']+'\])(?:\.[^.\[\]]+|\[\d+\]|\['[^']+'\])*")
+_WHERE_THERE = "?"
+"""At the end of a path: a record, or a message, may lack it."""
 _WRITTEN = re.compile(r"\$\.([^.\[\]]+)((?:\[\d*\])*)(?:\.([^.\[\]]+))?(.*)", re.DOTALL)
 """A path in a mapped record: (field, its index, field of the message, the rest)."""
 
@@ -33,7 +35,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     format: str | None = None
     """A name of `formats.FORMATS`: every record is read as this."""
     fields: tuple[tuple[str, str], ...] = ()
-    """(the format's field, the JSON path that holds it), in order. `messages[].role`: a path within each message."""
+    """(the format's field, the JSON path that holds it), in order. `messages[].role`: a path within each message.
+    A path that ends in `?` may lead to nothing."""
     roles: tuple[tuple[str, str], ...] = ()
     """(a role of the data, the canonical role)."""
 
@@ -81,7 +84,12 @@ def _fields_of(form: str | None) -> list[str]:
 
 def steps_of(path: str) -> list[str | int]:
     """`$.data.turns[0]['a.b']` -> ["data", "turns", 0, "a.b"]."""
-    return [int(index) if index else name or key for name, index, key in _STEP.findall(path.removeprefix("$"))]
+    return [int(index) if index else name or key for name, index, key in _STEP.findall(_named(path).removeprefix("$"))]
+
+
+def _named(path: str) -> str:
+    """The path alone, without the mark that it may lead to nothing."""
+    return path.removesuffix(_WHERE_THERE)
 
 
 def top_field(field: str) -> str:
@@ -96,18 +104,20 @@ def _step(value: Any, step: str | int) -> Any:
 
 
 def _found(value: Any, path: str, within: str) -> Any:
-    """What is at `path` in `value`, which is at `within` in the record."""
+    """What is at `path` in `value`, which is at `within` in the record; _NOTHING where the path allows that."""
     for step in steps_of(path):
         value = _step(value, step)
         if value is _NOTHING:
+            if path.endswith(_WHERE_THERE):
+                return _NOTHING
             message = "there is nothing here, and the recipe names it"
-            place = _joined(within, path)
-            raise RecordError("missing_field", place, message, "correct `fields` in the recipe, or the record")
+            help = "correct `fields` in the recipe, or the record; a path that ends in `?` may lead to nothing"
+            raise RecordError("missing_field", _joined(within, path), message, help)
     return value
 
 
 def _joined(base: str, path: str) -> str:
-    inner = path.removeprefix("$").removeprefix(".")
+    inner = _named(path).removeprefix("$").removeprefix(".")
     return f"{base}{inner}" if inner.startswith("[") else f"{base}.{inner}"
 
 
@@ -126,7 +136,7 @@ def mapped_record(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]
         if field not in SHARED_FIELDS or len(steps_of(path)) == 1 or steps_of(path)[0] not in KNOWN_FIELDS
     }
     mapped = {key: value for key, value in record.items() if key not in sources}
-    mapped.update((field, _found(record, path, "$")) for field, path in top.items())
+    mapped.update(_found_fields(record, top, "$"))
     for key, names in inner.items():
         messages = mapped.get(key)
         if isinstance(messages, list):
@@ -140,11 +150,18 @@ def mapped_record(record: Mapping[str, Any], reading: Reading) -> dict[str, Any]
 def _mapped_message(message: Any, names: Mapping[str, str], within: str) -> Any:
     if not isinstance(message, dict):
         return message
+    found = _found_fields(message, names, within)
     used = {steps_of(path)[0] for path in names.values()}
     # What the recipe maps comes before what else might be meant.
-    used.update(key for alike in ALIKE if not names.keys().isdisjoint(alike) for key in alike)
+    used.update(key for alike in ALIKE if not found.keys().isdisjoint(alike) for key in alike)
     rest = {key: value for key, value in message.items() if key not in used}
-    return {**rest, **{name: _found(message, path, within) for name, path in names.items()}}
+    return {**rest, **found}
+
+
+def _found_fields(value: Any, paths: Mapping[str, str], within: str) -> dict[str, Any]:
+    """What is at each path, by its field."""
+    found = ((field, _found(value, path, within)) for field, path in paths.items())
+    return {field: each for field, each in found if each is not _NOTHING}
 
 
 def written_path(path: str, reading: Reading) -> str:

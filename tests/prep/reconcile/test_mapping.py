@@ -36,6 +36,28 @@ def test_mapping_one_of_two_fields_of_a_message_chooses_it():
     assert (message.content, message.weight) == ("of value", 0.0)
 
 
+def test_a_path_that_ends_in_a_question_mark_is_taken_where_it_leads_to_something():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    last = {"role": "assistant", "content": "b", "w": {"loss": 0.5}}
+    fields = {"messages[].weight": "w.loss", "system": "$.meta.system"}
+    with pytest.raises(RecordError) as refusal:
+        reconcile({"messages": [*turns, last]}, parse_reading({"fields": fields}))
+    assert refusal.value.code == "missing_field"
+    reading = parse_reading({"fields": {field: f"{path}?" for field, path in fields.items()}})
+    reconciled = reconcile({"messages": [*turns, last]}, reading)
+    assert [message.weight for message in reconciled.conversation.messages] == [1.0, 1.0, 0.5]
+    assert reconciled.place(2, "weight") == "$.messages[2].w.loss"
+    first = reconcile({"messages": [*turns, last], "meta": {"system": "s"}}, reading).conversation.messages[0]
+    assert (first.role, first.content) == ("system", "s")
+
+
+def test_what_an_optional_path_lacks_may_stand_under_another_name():
+    reading = {"fields": {"messages[].content": "text?", "prompt": "$['q?']", "completion": "$.reply?"}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "text": "a", "content": "not this"}]
+    assert said({"messages": turns}, fields={"messages[].content": "text?"}) == [("user", "q"), ("assistant", "a")]
+    assert said({"q?": "q", "answer": "a"}, **reading) == [("user", "q"), ("assistant", "a")]
+
+
 def test_tools_and_a_system_turn_may_be_mapped_from_within_the_conversation():
     turns = [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, {"role": "assistant", "content": "a"}]
     fields = {"tools": "$.messages[0].tools", "system": "$.messages[0].content"}
