@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import sys
@@ -235,6 +236,8 @@ def run_command(command: click.Command, name: str, arguments: Sequence[str] | No
     """Run a click command and return the exit code: 0, 1 bad data, 2 bad usage, 130 interrupted."""
     try:
         result = command.main(list(sys.argv[1:] if arguments is None else arguments), name, standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what is lost at the interpreter's end is lost without an exit code of ours
     except DftError as error:
         return report_error(error)
     except click.ClickException as error:
@@ -245,9 +248,21 @@ def run_command(command: click.Command, name: str, arguments: Sequence[str] | No
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) went away; that is its right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _let_go_of_stdout()
+        about = f"{error.filename}: " if error.filename else ""
+        return report_error(SetupError(f"{about}the disk is full", remedy="free some space where the output goes"))
     return result if isinstance(result, int) else 0
+
+
+def _let_go_of_stdout() -> None:
+    """What it still holds would fail once more at the interpreter's end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_arguments(values: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,9 @@ for _command in _COMMANDS:
 
 def main() -> int:
     """Entry point of the console script."""
+    if sys.stdout is None:
+        # Started with a closed stdout (`>&-`): the exit code is what is asked for.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An output whose encoding lacks a character of the data, or a mark of `preview`, gets its escape, no crash.
         sys.stdout.reconfigure(errors="backslashreplace")
