@@ -127,7 +127,7 @@ def _find(path: str) -> list[SourceFile]:
     if not os.path.lexists(path):
         # A shell expands no `~` behind `NAME=`, and a config file has no shell.
         path = os.path.expanduser(path)  # noqa: PTH111  # Path would raise where there is no such user
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # Path would raise for a name that is too long
         return _find_in_directory(path)
     if os.path.lexists(path):
         return [_local_file(path, Path(path).name)]

@@ -179,3 +179,8 @@ def test_a_file_has_one_name_however_it_was_found(corpus, monkeypatch, argument)
     monkeypatch.chdir(corpus / "alone")
     (corpus / "alone" / "a.jsonl").write_bytes(LINE)
     assert shown(argument) == ["a.jsonl"]
+
+
+def test_a_name_that_no_file_can_have_is_no_such_file():
+    with pytest.raises(SetupError, match="no such file"):
+        resolve_sources(["a" * 5000])
