@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from dft_prep.sources.named import SourceFile, is_url, stamp_of
 Compression = Literal["none", "gzip", "zstd", "xz"]
 
 BOM = b"\xef\xbb\xbf"
+_ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+"""Of a frame, or of a skippable one (RFC 8878, 3.1.2), which pzstd begins its files with."""
 _ZSTD_PIECE = 1 << 12
 """Bytes fed to zstd at a time. A block of 4 bytes may hold 128 KiB, so these inflate to 128 MiB at most."""
 _XZ_PIECE = 1 << 14
@@ -262,7 +265,7 @@ def compression_of(start: bytes) -> Compression:
         return "gzip"
     if start.startswith(b"\xfd7zXZ"):
         return "xz"
-    return "zstd" if start.startswith(b"\x28\xb5\x2f\xfd") else "none"
+    return "zstd" if _ZSTD_MAGIC.match(start) else "none"
 
 
 def decompressed(raw: BinaryIO, file: SourceFile, compression: Compression) -> BinaryIO:

@@ -124,6 +124,7 @@ COMPRESSIONS = {
     "padded gzip": lambda data: gzip.compress(data) + bytes(512),
     "zstd": lambda data: zstandard.compress(data),
     "two zstd frames": lambda data: zstandard.compress(data[:99]) + zstandard.compress(data[99:]),
+    "zstd behind a skippable frame": lambda data: b"\x50\x2a\x4d\x18\4\0\0\0size" + zstandard.compress(data),
 }
 
 
