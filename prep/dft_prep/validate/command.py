@@ -249,7 +249,8 @@ class _Validation:
             self._note(planned.unit.file.shown, "mixed_shapes", f"records of several shapes: {shares}")
 
     def _in_file(self, finding: Finding, number: int) -> Finding:
-        before = self._lines_before.get(number, 0)
+        # What is wrong with a file as a whole stands at its first line, whichever unit came upon it.
+        before = self._lines_before.get(number, 0) if CODES[finding.code].scope != "file" else 0
         return msgspec.structs.replace(finding, line=finding.line + before) if before else finding
 
     def _show_duplicates(self) -> None:

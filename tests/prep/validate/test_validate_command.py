@@ -13,7 +13,7 @@ from dft_common.errors import SetupError
 from dft_prep.codes.severities import Severities
 from dft_prep.judge.ngrams import make_ngrams
 from dft_prep.pipeline import engine
-from dft_prep.sources import units
+from dft_prep.sources import readers, units
 from dft_prep.sources.named import resolve_sources
 from dft_prep.validate.command import ValidateOptions, run_validate
 from dft_prep.validate.survey import Room, SurveyContext, SurveyJob
@@ -188,3 +188,19 @@ def test_a_file_of_several_formats_is_read_record_by_record_and_says_so(validate
     assert places(found, "mixed_shapes") == [("a.jsonl", 1)]
     assert "openai 60, sharegpt 1" in found["findings"][0]["message"]
     assert found["summary"]["sources"][0]["formats"] == {"openai": 60, "sharegpt": 1}
+
+
+def test_a_file_that_changes_while_it_is_read_is_found_at_its_first_line(validate, tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", GOOD)
+    check, checks = readers.check_unchanged, []
+
+    def change_behind_the_first_unit(file):
+        checks.append(file)
+        if len(checks) == 3:  # each unit checks at its beginning and its end
+            write(tmp_path / "a.jsonl", GOOD[:-1])
+        check(file)
+
+    monkeypatch.setattr(readers, "check_unchanged", change_behind_the_first_unit)
+    code, found = validate("a.jsonl", preprocessing_num_workers=1)
+    assert code == 1
+    assert set(places(found, "file_changed")) == {("a.jsonl", 1)}
