@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 from dft_common.errors import SetupError
 from dft_common.manifest import encode_json, write_atomically
 from dft_train import bridge
+from dft_train.ranks.signals import Signals, Stopped
 from dft_train.settings.arguments import make_settings
 from train import handmade
 
@@ -81,6 +86,30 @@ def test_a_dead_rank_0_is_given_up(status):
     write(status, "building")
     with pytest.raises(SetupError, match="no sign of life"):
         bridge._wait_for_build(status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_run_alone_ends_the_build_too(settings, monkeypatch, number):
+    started = []
+
+    class Build(subprocess.Popen):
+        def __init__(self, command, **kwargs):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(600)"], **kwargs)
+            started.append(self)
+
+        def wait(self, timeout=None):
+            if len(started) == 1:
+                started.append(self)
+                os.kill(os.getpid(), number)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(bridge.subprocess, "Popen", Build)
+    with Signals(), contextlib.suppress(Stopped):
+        assert bridge._run_build(settings) == 130
+    try:
+        assert started[0].poll() is not None
+    finally:
+        started[0].kill()
 
 
 @pytest.mark.slow

@@ -115,9 +115,12 @@ def _run_build(settings: Settings) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
         return EXIT_INTERRUPTED
+    finally:
+        # Also on SIGTERM, which was sent to this process alone: the build must not outlive the run that wants it.
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def _wait_for_build(path: Path) -> int:
