@@ -189,6 +189,7 @@ def _run(settings: Settings, signals: Signals) -> int:
     launch.quieten()
     follow_parent()
     settings = adopt(settings)
+    checks.check_output_dir(settings.output_dir)
     with Ranks() as ranks:
         with _dataset(settings) as directory:
             launch.quieten_transformers()

@@ -52,6 +52,21 @@ def test_a_dataset_that_is_none(attempt, copied, tmp_path):
     refused(attempt(tmp_path / "nowhere"), 1, "no such dataset directory")
 
 
+def test_an_output_dir_that_cannot_be_written_to(attempt, dataset, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, file / "run"):
+        refused(attempt(dataset, "--output_dir", path), 2, f"--output_dir {path}: ", "it is a file")
+    # Root may write wherever the file system lets it.
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: Path(path) != tmp_path)
+    refused(attempt(dataset, "--output_dir", tmp_path / "new" / "run"), 2, f"{tmp_path}: it cannot be written to")
+
+
+def test_the_best_of_checkpoints_that_deepspeed_cannot_read(attempt, dataset, zero3_float32):
+    flags = ("--save_only_model", "True", "--load_best_model_at_end", "True", "--deepspeed", zero3_float32)
+    refused(attempt(dataset, *flags), 2, "--load_best_model_at_end True: DeepSpeed")
+
+
 def test_a_shard_of_another_size(attempt, copied):
     shard = copied / "train" / "data-00000-of-00002.arrow"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ from dft_train.settings.lora_flags import base_of_adapter
 
 TOKENIZER_JSON = "tokenizer.json"
 _OTHER_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raises SetupError where nothing can be written there, which a run would otherwise learn when it is over. A full
+    disk is not looked at: room may come. Makes nothing."""
+    there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return
+    why = "it cannot be written to (permissions, or a read-only file system)" if there.is_dir() else "it is a file"
+    raise SetupError(
+        f"--output_dir {output_dir}: {'' if there == output_dir.absolute() else f'{there}: '}{why}",
+        remedy="give a directory that this user can write to; it is made where it is not there",
+    )
 
 
 def load_config(settings: Settings) -> Any:

@@ -110,6 +110,14 @@ def adopt(settings: Settings) -> Settings:
     if not path:
         return settings
     check_installed()
+    if settings.training.get("save_only_model") and settings.training.get("load_best_model_at_end"):
+        raise SetupError(
+            "--save_only_model True and --load_best_model_at_end True: DeepSpeed takes the best model up from its own "
+            "states, which such checkpoints leave out",
+            remedy="leave --load_best_model_at_end out, and take the best checkpoint, whose path is in "
+            "trainer_state.json (--metric_for_best_model keeps it whatever --save_total_limit says); or leave "
+            "--save_only_model out",
+        )
     config = read_deepspeed(path)
     refuse_sections(config)
     numbers = {flag: value for name, flag in FLAGS.items() if isinstance(value := _get(config, name), int | float)}
