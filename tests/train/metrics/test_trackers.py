@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sqlite3
 import struct
@@ -196,3 +198,26 @@ def test_an_unknown_tracker_or_one_that_is_not_installed_is_refused(monkeypatch)
         check_trackers(["trackio"])
     assert "dft-toolkit[trackio]" in str(caught.value.remedy)
     check_trackers(["none"])
+
+
+@pytest.mark.parametrize("broken", ["add_scalar", "__init__"])
+def test_a_tracker_that_fails_costs_its_numbers_and_not_the_run(
+    broken, dataset, qwen3, train_here, tmp_path, monkeypatch
+):
+    """As tensorboard's does on a full disk. One that cannot be opened at all is told of before the first step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, broken, full)
+    code, error = train_here(
+        "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path, "--max_steps", 3,
+        "--logging_steps", 1, "--save_strategy", "no", "--report_to", "tensorboard",
+    )  # fmt: skip
+    if broken == "__init__":
+        assert code == 2 and "--report_to tensorboard: no run could be opened: [Errno 28]" in error
+        return
+    assert code == 0 and handmade.read_state(tmp_path)["global_step"] == 3
+    assert error.count("--report_to tensorboard: numbers are missing there from now on") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4

@@ -2,21 +2,23 @@
 
 `check_trackers` is called before anything slow (`training_arguments`), `open_trackers` by `trainer` on rank 0
 before the loop starts, so that a missing login is a message and not a traceback in the middle of it, and a resumed
-run goes on in the tracker's run that it had. Names are
+run goes on in the tracker's run that it had. What fails later costs numbers, and never the run. Names are
 `train/loss`, `eval/loss`, `eval/<source>/loss` in all of them (transformers' own callbacks make them).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dft_common.errors import SetupError
 from dft_common.flags import nearest
+from dft_train.ranks import launch
 
 TRACKERS = ("wandb", "swanlab", "tensorboard", "trackio")
 """Each is an extra of this distribution too."""
@@ -111,6 +113,44 @@ _OPEN = {
 }
 
 
+class _Careful:
+    """Calls a tracker's events: what fails in one costs its numbers, with one warning, and not the run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._warned = False
+
+    def around(self, event: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(event)
+        def careful(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return event(*args, **kwargs)
+            except Exception as error:
+                if not self._warned:
+                    launch.warn(
+                        "--report_to %s: numbers are missing there from now on (metrics.jsonl has all): %s: %s",
+                        self._name,
+                        type(error).__name__,
+                        str(error).strip().partition("\n")[0],
+                    )
+                self._warned = True
+
+        return careful
+
+
+def guard_trackers(callbacks: Sequence[Any], names: Sequence[str]) -> None:
+    """Let no failure of a tracker (a full disk, a lost network) end the run that it watches."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in names:
+        kinds = tuple(get_reporting_integration_callbacks([name]))
+        for callback in callbacks:
+            if isinstance(callback, kinds):
+                careful = _Careful(name)
+                for event in [event for event in dir(callback) if event.startswith("on_")]:
+                    setattr(callback, event, careful.around(getattr(callback, event)))
+
+
 def open_trackers(trainer: Any, known: Mapping[str, str], step: int) -> dict[str, str]:
     """Open the runs of `args.report_to` before the training loop; on rank 0 alone.
 
@@ -121,5 +161,12 @@ def open_trackers(trainer: Any, known: Mapping[str, str], step: int) -> dict[str
     runs = {}
     for name in args.report_to:
         opening = Opening(args.run_name, Path(args.output_dir), known.get(name), step)
-        runs[name] = _OPEN[name](opening, args, trainer.callback_handler.callbacks)
+        try:
+            runs[name] = _OPEN[name](opening, args, trainer.callback_handler.callbacks)
+        except OSError as error:
+            raise SetupError(
+                f"--report_to {name}: no run could be opened: {error}",
+                remedy="mend that, or leave --report_to out: metrics.jsonl in --output_dir has every number",
+            ) from None
+    guard_trackers(trainer.callback_handler.callbacks, args.report_to)
     return runs
