@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from dft_train.checkpoints import saving
 from dft_train.ranks import signals
 from dft_train.ranks.signals import Signals, Stopped
 from dft_train.settings import checks
@@ -114,6 +116,18 @@ def test_a_checkpoint_without_optimizer_is_saved_and_said_to_be_one(tmp_path, tr
     assert code == 143
     assert "cannot be resumed" in error and f"--model_name_or_path {run}/checkpoint-" in error
     assert "To go on" not in error
+
+
+@pytest.mark.parametrize("only_model", ["False", "True"])
+def test_where_nothing_could_be_saved_no_checkpoint_is_promised(tmp_path, train_here, common, monkeypatch, only_model):
+    run = tmp_path / "run"
+    monkeypatch.setattr(saving, "_write_all", lambda *_: os.strerror(errno.ENOSPC))
+    signal_when(run / "metrics.jsonl", '"step": 2')
+    flags = ("--max_steps", 100000, "--logging_steps", 1, "--save_only_model", only_model, "--output_dir", run)
+    code, error = train_here(*common, *flags)
+    assert code == 143
+    assert "could not be written, and there is no other. The run starts anew" in error
+    assert "To go on" not in error and "None" not in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

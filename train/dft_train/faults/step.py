@@ -189,15 +189,17 @@ class Faults(TrainerCallback):
             return
         name, step, steps = self._signals.name, self._trainer.state.global_step, self._trainer.state.max_steps
         directory = self._output_dir / f"checkpoint-{step}"
-        if self._trainer.args.save_only_model:
-            saved = f"saved {directory}"
+        last = directory if what_is_missing(directory) is None else last_whole(self._output_dir)
+        saved = f"saved {directory}" if last == directory else f"{directory} could not be written, "
+        if last != directory:
+            saved += f"the last one is {last}" if last else "and there is no other"
+        if last is None:
+            go_on = "The run starts anew, with the same command, once there is room"
+        elif self._trainer.args.save_only_model:
             go_on = (
                 "It holds no optimizer state (--save_only_model True), so it cannot be resumed: start anew from its "
-                f"weights with --model_name_or_path {directory}"
+                f"weights with --model_name_or_path {last}"
             )
         else:
-            whole = directory.is_dir() and what_is_missing(directory) is None
-            last = directory if whole else last_whole(self._output_dir)
-            saved = f"saved {directory}" if whole else f"{directory} could not be written, the last one is {last}"
             go_on = f"To go on:\n  {command_to_go_on()}"
         logs.get_logger().warning("%s: stopped at step %d of %d, %s. %s", name, step, steps, saved, go_on)
