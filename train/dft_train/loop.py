@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import deepspeed_init
 from transformers.trainer_callback import PrinterCallback
 
 from dft_train.checkpoints.checkpointed import CheckpointedTrainer
-from dft_train.checkpoints.whole import RunState
+from dft_train.checkpoints.same_model import check_same_model
+from dft_train.checkpoints.whole import RunState, check_same_steps, read_state, step_of
 from dft_train.data.collate import Batch
 from dft_train.data.dataset import EpochLoader, PackedSplit, eval_sampler, make_loader, train_sampler
 from dft_train.data.flops import model_work, pack_flops, peak_flops
@@ -349,8 +350,11 @@ class DftTrainer(CheckpointedTrainer):
     def saved(self, seconds: float) -> None:
         self._clock.add_pause(seconds)
 
-    def restore(self, state: RunState, step: int) -> None:
-        """Take up the sums of a checkpoint made at `step`; before `train`."""
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the sums of a checkpoint, which must be one of this run; before `train`. Raises DataError."""
+        state, step = read_state(checkpoint), step_of(checkpoint)
+        check_same_steps(checkpoint, state, self.run_state([]))
+        check_same_model(checkpoint, self.model, self._release.origin)
         if self.is_world_process_zero():
             self._sums.add_sums(state.unlogged)
         self._speed.start(step)

@@ -145,15 +145,12 @@ def _evaluate(settings: Settings, data: _Data, args: Any, signals: Signals) -> N
 def _train(settings: Settings, data: _Data, args: Any, signals: Signals) -> int:
     """The exit code."""
     from dft_train.checkpoints.resume import choose_checkpoint
-    from dft_train.checkpoints.whole import check_same_steps, read_state, step_of
     from dft_train.metrics.trackers import open_trackers
 
     trainer = _make_trainer(settings, data, args, signals)
     checkpoint = choose_checkpoint(settings, trainer.agreement)
     if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_same_steps(checkpoint, state, trainer.run_state([]))
-        trainer.restore(state, step_of(checkpoint))
+        trainer.restore(checkpoint)
     if trainer.is_world_process_zero():
         trainer.tracker_runs = open_trackers(trainer, trainer.tracker_runs, trainer.first_step)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

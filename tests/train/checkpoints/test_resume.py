@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dft_train.checkpoints.whole import read_contents
 from train import handmade
@@ -200,6 +202,66 @@ def test_resume_refuses_what_are_other_steps(accumulating, train_here, tmp_path)
     assert code == 2 and "a step takes 4 packs" in error and "that divides 4: 1, 2, 4" in error
     code, error = train_here(*flags, "--output_dir", run, "--resume_from_checkpoint", whole / "checkpoint-3")
     assert code == 2 and "not in --output_dir" in error
+
+
+def test_rates_and_decay_are_those_of_the_command_line(accumulating, train_here, tmp_path):
+    """transformers takes up the checkpoint's, whatever the flags say."""
+    whole, flags = accumulating
+    run = take_up(whole, 3, tmp_path / "run")
+    resume = ("--output_dir", run, "--resume_from_checkpoint", "True")
+    code, error = train_here(*flags, *resume, "--learning_rate", 1e-3, "--weight_decay", 0.25)
+    assert code == 0, error
+    assert f"{run}/checkpoint-3: from here on with other settings: learning_rate 0.001 (was 0.003)" in error
+    rates = [{line["step"]: line["learning_rate"] for line in history(path) if "loss" in line} for path in (run, whole)]
+    assert [rates[0][step] / rates[1][step] for step in (2, 4, 6, 8)] == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
+    groups = torch.load(run / "checkpoint-9" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+
+
+def test_another_number_of_steps_is_another_schedule_from_the_next_step_on(accumulating, train_here, tmp_path):
+    whole, flags = accumulating
+    run = take_up(whole, 3, tmp_path / "run")
+    resume = ("--output_dir", run, "--resume_from_checkpoint", "True")
+    assert train_here(*flags, *resume, "--max_steps", 7)[0] == 0
+    rates = {line["step"]: line["learning_rate"] for line in history(run) if "loss" in line}
+    # Two of seven steps warm up; the fourth has three behind it.
+    assert rates[4] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * (3 - 2) / (7 - 2))))
+
+
+def test_a_checkpoint_of_another_model_is_refused(accumulating, llama, train_here, tmp_path):
+    whole, flags = accumulating
+    run = take_up(whole, 3, tmp_path / "run")
+    resume = ("--output_dir", run, "--resume_from_checkpoint", "True")
+    wider = handmade.write_model(tmp_path / "wider", "qwen3", hidden_size=48)
+    for more, expected in (
+        (("--model_name_or_path", llama), "another model: it holds lm_head.weight, which this run's model does not"),
+        (("--model_name_or_path", wider), "its lm_head.weight is [259, 32], this run's is [259, 48]"),
+        (("--lora_r", 4), "it holds the whole model, and this run trains LoRA adapters"),
+        (("--optim", "sgd"), "this run's is sgd: its states would not fit"),
+        (("--lr_scheduler_type", "reduce_lr_on_plateau"), "its lr_scheduler_type is cosine"),
+    ):
+        code, error = train_here(*flags, *resume, *more)
+        assert code == 1 and expected in error and "what to do: " in error, error
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(dataset, qwen3, train_here, tmp_path):
+    common = (
+        "--dataset_dir", dataset, "--model_name_or_path", qwen3, "--output_dir", tmp_path, "--max_steps", 1,
+        "--save_steps", 1, "--logging_steps", 1,
+    )  # fmt: skip
+    assert train_here(*common, "--lora_r", 4)[0] == 0
+    resume = (*common, "--resume_from_checkpoint", "True")
+    for more, expected in (
+        ((), "it holds LoRA adapters, and this run trains the whole model"),
+        (("--lora_r", 8), "this run's is [8, "),
+        (("--lora_r", 4, "--lora_target_modules", "q_proj"), "which this run's model does not have"),
+        (("--lora_r", 4, "--lora_alpha", 64), "go on with --lora_alpha 8"),
+        (("--lora_r", 4, "--use_rslora", "True"), "go on with --use_rslora False"),
+    ):
+        code, error = train_here(*resume, *more)
+        assert code == 1 and expected in error, error
+    assert train_here(*resume, "--lora_r", 4)[0] == 0
 
 
 def test_a_checkpoint_of_weights_alone_is_not_resumed(dataset, qwen3, train_here, tmp_path):

@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import ExportableState
 
 from dft_train.checkpoints import saving
 from dft_train.checkpoints.whole import RunState, read_state
 from dft_train.ranks.agree import Agreement
+
+_FROM_FLAGS = ("initial_lr", "weight_decay", "betas", "eps")
+"""Of a group of parameters: what the command line says, and no state of the optimizer."""
 
 
 class NotSaved(Exception):
@@ -31,6 +35,8 @@ class CheckpointedTrainer(Trainer):
         self.writes = saving.Writes()
         self.agreement = Agreement(self.args.ddp_timeout_delta)
         self._postponed_save = False
+        self._given: list[dict[str, Any]] = []
+        """_FROM_FLAGS of each group of parameters."""
 
     def state_to_save(self) -> RunState:
         """What goes into a checkpoint besides what Trainer keeps; called on all ranks."""
@@ -119,6 +125,28 @@ class CheckpointedTrainer(Trainer):
         load_resharded(self.model_wrapped, Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Before a checkpoint is loaded: the groups are as the flags made them."""
+        scheduler: Any = super().create_scheduler(*args, **kwargs)
+        if isinstance(scheduler, LambdaLR):
+            groups = scheduler.optimizer.param_groups
+            self._given = [{name: group[name] for name in _FROM_FLAGS if name in group} for group in groups]
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The states; but rates and decay are this command line's, and so is the schedule, from the next step on."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = self.lr_scheduler
+        if checkpoint is None or not self._given:
+            return
+        scheduler.base_lrs = [group["initial_lr"] for group in self._given]
+        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        # As LambdaLR itself does: the same flags give the very same numbers.
+        scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in rates]
+        groups = zip(scheduler.optimizer.param_groups, self._given, scheduler._last_lr, strict=True)
+        for group, given, rate in groups:
+            group.update(given, lr=rate)
 
     def _same_ranks(self, checkpoint: str) -> bool:
         return read_state(Path(checkpoint)).ranks in (0, self.args.world_size)

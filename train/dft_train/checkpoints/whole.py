@@ -90,8 +90,8 @@ def check_same_steps(checkpoint: Path, state: RunState, now: RunState) -> None:
         if found != expected:
             raise DataError(
                 f"{checkpoint}: its {name} is {found}, this run's is {expected}: the steps would not be the same",
-                remedy="resume with the same dataset, --max_length and --data_seed, and with the same product of "
-                "ranks, --per_device_train_batch_size and --gradient_accumulation_steps",
+                remedy="resume with the same dataset, --max_length and --data_seed (or --seed), and with the same "
+                "product of ranks, --per_device_train_batch_size and --gradient_accumulation_steps",
             )
 
 

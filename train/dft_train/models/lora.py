@@ -24,6 +24,7 @@ from dft_common.manifest import Manifest
 from dft_train.settings.arguments import Settings
 from dft_train.settings.lora_flags import ALL_LINEAR, LoraSettings, base_of_adapter
 from dft_train.weights.export import Source, as_it_is, saved_tensors, whole_shape, write_weights
+from dft_train.weights.weight_plan import Convert
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER = "default"
@@ -176,8 +177,12 @@ def inner_head(head: nn.Module) -> nn.Module:
     return head if copies is None else copies[_ADAPTER]
 
 
-def write_adapter(model: Any, directory: Path, *, engine: Any = None, writes: bool = True) -> None:
-    """The adapters and their configuration, as peft's `save_pretrained` writes them. Called by every rank."""
+def adapter_config(model: Any) -> Any:
+    return model.peft_config[_ADAPTER]
+
+
+def adapter_sources(model: Any) -> tuple[dict[str, Source], Convert]:
+    """What is written of the adapters, and how peft names it."""
     peft = import_peft()
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
@@ -186,10 +191,15 @@ def write_adapter(model: Any, directory: Path, *, engine: Any = None, writes: bo
 
     chosen = {id(value) for value in choose(state).values()}
     # A tied matrix twice, as peft has it.
-    sources = {name: as_it_is(value) for name, value in state.items() if id(value) in chosen}
+    return {name: as_it_is(value) for name, value in state.items() if id(value) in chosen}, choose
+
+
+def write_adapter(model: Any, directory: Path, *, engine: Any = None, writes: bool = True) -> None:
+    """The adapters and their configuration, as peft's `save_pretrained` writes them. Called by every rank."""
+    sources, choose = adapter_sources(model)
     write_weights(sources, choose, directory, engine=engine, writes=writes, shard_size=1 << 62, name=ADAPTER_WEIGHTS)
     if writes:
-        config = copy.copy(model.peft_config[_ADAPTER])
+        config = copy.copy(adapter_config(model))
         config.inference_mode = True
         # A set: its order would change from run to run.
         config.target_modules = sorted(config.target_modules)

@@ -97,6 +97,11 @@ def conversion_of(model: PreTrainedModel, sources: Mapping[str, Source]) -> Conv
     return convert
 
 
+def planned_tensors(sources: Mapping[str, Source], convert: Convert) -> Tensors:
+    """What `write_weights` would write, as meta tensors by their names on disk."""
+    return dict(make_plan(_shapes(sources), convert).tensors)
+
+
 class _Shards:
     """The files of one export, each opened with its first tensor and closed with its last."""
 
