@@ -182,6 +182,17 @@ def test_the_newest_whole_one_is_taken_and_the_others_named(accumulating, train_
     assert_bit_identical(run, whole)
 
 
+def test_a_fresh_start_among_an_earlier_runs_checkpoints_is_refused(accumulating, train_here, tmp_path):
+    """After a crash of the new run, the newest would be the old one's; and --save_total_limit would remove them."""
+    whole, flags = accumulating
+    run = take_up(whole, 3, tmp_path / "run")
+    code, error = train_here(*flags, "--output_dir", run, "--save_total_limit", 1)
+    assert code == 2 and "it holds checkpoints of an earlier run (checkpoint-3)" in error
+    assert "`--resume_from_checkpoint True` goes on from it" in error and "loaded in" not in error
+    assert [path.name for path in run.iterdir()] == ["checkpoint-3"]
+    assert train_here(*flags, "--output_dir", run, "--dry_run", "True")[0] == 0
+
+
 def test_where_none_is_whole_the_run_does_not_start_anew(accumulating, train_here, tmp_path):
     whole, flags = accumulating
     run = take_up(whole, 3, tmp_path / "run")

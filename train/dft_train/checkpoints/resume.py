@@ -16,6 +16,7 @@ from dft_train.checkpoints.whole import (
     STATE_NAME,
     checkpoints_in,
     files_in,
+    last_whole,
     read_contents,
     read_state,
     sweep,
@@ -86,13 +87,27 @@ def _given(resume: str, output_dir: Path) -> Path:
     return checkpoint
 
 
+def _refuse_to_start_over(output_dir: Path) -> None:
+    """Raises SetupError where a fresh start would come among the checkpoints of an earlier run: --save_total_limit
+    would remove them, and a resume after a crash would take the earlier run's, which has done more steps."""
+    if last := last_whole(output_dir):
+        raise SetupError(
+            f"--output_dir {output_dir}: it holds checkpoints of an earlier run ({last.name}); this one starts anew",
+            remedy="`--resume_from_checkpoint True` goes on from it; for a new run give another --output_dir, or move "
+            "the checkpoints away",
+        )
+
+
 def candidates(settings: Settings) -> list[Path]:
     """The checkpoints that may be gone on from, the best first; none for a fresh start.
 
     Raises SetupError or DataError where one was asked for and there is none. Only names and sizes are looked at.
     """
     output_dir, deepspeed = settings.output_dir, bool(settings.training.get("deepspeed"))
-    if settings.resume is None or settings.eval_only or settings.dry_run:
+    if settings.eval_only or settings.dry_run:
+        return []
+    if settings.resume is None:
+        _refuse_to_start_over(output_dir)
         return []
     if settings.resume.lower() not in _NEWEST:
         found = [_given(settings.resume, output_dir)]
