@@ -140,7 +140,7 @@ class _Careful:
 
 def guard_trackers(callbacks: Sequence[Any], names: Sequence[str]) -> None:
     """Let no failure of a tracker (a full disk, a lost network) end the run that it watches."""
-    from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     for name in names:
         kinds = tuple(get_reporting_integration_callbacks([name]))
