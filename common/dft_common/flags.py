@@ -231,6 +231,14 @@ class FlagCommand(click.Command):
         config = Flag(name="config")
         return super().parse_args(ctx, expand_argv(args, [*self.flags, config]))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader of our output (head, less) went away; that is its right, and click would exit 1 for it.
+            let_go_of_stdout()
+            return 0
+
 
 def run_command(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a click command and return the exit code: 0, 1 bad data, 2 bad usage, 130 interrupted."""
@@ -247,19 +255,18 @@ def run_command(command: click.Command, name: str, arguments: Sequence[str] | No
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) went away; that is its right.
-        _let_go_of_stdout()
+        let_go_of_stdout()
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _let_go_of_stdout()
+        let_go_of_stdout()
         about = f"{error.filename}: " if error.filename else ""
         return report_error(SetupError(f"{about}the disk is full", remedy="free some space where the output goes"))
     return result if isinstance(result, int) else 0
 
 
-def _let_go_of_stdout() -> None:
+def let_go_of_stdout() -> None:
     """What it still holds would fail once more at the interpreter's end."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -50,6 +53,25 @@ def test_a_warning_fails_only_when_strict(dft_prep, tmp_path):
     path = tiny.write_jsonl(tmp_path / "warn.jsonl", [{"messages": tiny.turns("q", "a", "and?")}])
     assert "no_reply_at_end" in dft_prep("validate", "--data_files", path).stdout
     dft_prep("validate", "--data_files", path, "--strict", check=1)
+
+
+def _validate_into(stdout, *words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "dft_prep", "validate", *map(str, words)]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_reader_that_leaves_does_not_make_the_data_bad(mixed, tmp_path, format):
+    """`dft-prep validate ... | head` exited 1, whatever the data."""
+    odd = tiny.write_jsonl(tmp_path / "warn.jsonl", [{"messages": tiny.turns("q", "a", "and?")}])
+    for path, code in ((odd, 0), (mixed, 1)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = _validate_into(writer, "--data_files", path, "--format", format)
+        os.close(writer)
+        assert done.returncode == code
+        assert " good" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_json_and_github_formats(mixed, dft_prep, tmp_path):

@@ -6,16 +6,19 @@ lengths are found.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
 
 from dft_common.errors import EXIT_BAD_DATA, DataError, SetupError
+from dft_common.flags import let_go_of_stdout
 from dft_common.logs import get_logger
 from dft_common.records import Finding
 from dft_prep.codes.severities import Severities, parse_severities
@@ -123,6 +126,7 @@ class _Validation:
         out: TextIO,
     ) -> None:
         self._options, self._severities, self._known, self._sources = options, severities, known, sources
+        self._out = out
         self._writer: FindingWriter = make_writer(options.format, out, failing(options))
         self._summary = Summary()
         self._seen = Seen()
@@ -299,7 +303,8 @@ class _Validation:
 
     def _show(self, finding: Finding, fingerprint: str) -> None:
         if self._room.takes(finding):
-            self._writer.add(finding, fingerprint)
+            with _reader_may_leave():
+                self._writer.add(finding, fingerprint)
 
     def _finish(self) -> Summary:
         summary = self._summary
@@ -308,5 +313,16 @@ class _Validation:
             for source, counts in zip(self._sources, self._fields, strict=True)
         ]
         summary.hidden = sum(times for name, times in summary.severities.items() if name != "info") - self._room.telling
-        self._writer.close(summary)
+        with _reader_may_leave():
+            self._writer.close(summary)
+            self._out.flush()
         return summary
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Where the reader of stdout is gone (`| head`), the exit code still says what the data is."""
+    try:
+        yield
+    except BrokenPipeError:
+        let_go_of_stdout()

@@ -87,15 +87,17 @@ class JsonWriter:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._fingerprints: list[str] = []
-        out.write('{"findings": [')
+        self._before = '{"findings": ['
 
     def add(self, finding: Finding, fingerprint: str) -> None:
-        self._out.write(("," if self._fingerprints else "") + "\n  " + json_text(finding))
+        self._out.write(f"{self._before}\n  {json_text(finding)}")
+        self._before = ","
         self._fingerprints.append(fingerprint)
 
     def close(self, summary: Summary) -> None:
         summary.fingerprints = self._fingerprints
-        self._out.write(f'\n], "summary": {json_text(summary)}}}\n')
+        opening = "" if self._fingerprints else self._before
+        self._out.write(f'{opening}\n], "summary": {json_text(summary)}}}\n')
 
 
 class JsonLinesWriter:
