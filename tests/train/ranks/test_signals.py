@@ -167,6 +167,22 @@ def test_what_was_caught_before_is_caught_again():
     assert [signal.getsignal(number) for number in signals.CAUGHT] == before
 
 
+def test_a_signal_that_a_finalizer_swallows_comes_again(capfd):
+    class Closing:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    before = sys.unraisablehook
+    with Signals():
+        one = Closing()
+        with pytest.raises(Stopped) as stopped:
+            del one
+            time.sleep(10)
+    assert stopped.value.name == "SIGTERM" and sys.unraisablehook is before
+    assert "Traceback" not in capfd.readouterr().err
+
+
 STUCK = """
 import ctypes, sys
 from dft_train.ranks import signals

@@ -45,6 +45,7 @@ class Signals:
         self._starting = True
         self._before: dict[int, Any] = {}
         self._fd_before = -1
+        self._hook_before = sys.unraisablehook
         self._ends: tuple[socket.socket, socket.socket] | None = None
         self._over = threading.Event()
 
@@ -62,6 +63,7 @@ class Signals:
             for end in self._ends:
                 end.setblocking(False)
             self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_again
             self._fd_before = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._follow, args=(self._ends[0],), name="signals", daemon=True).start()
         return self
@@ -71,6 +73,7 @@ class Signals:
         if self._ends is None:
             return
         signal.set_wakeup_fd(self._fd_before)
+        sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             signal.signal(number, handler)
         # The thread reads an end of file.
@@ -81,6 +84,17 @@ class Signals:
             self.number = number
             if self._starting:
                 raise Stopped(number)
+
+    def _raise_again(self, swallowed: sys.UnraisableHookArgs) -> None:
+        """A handler that runs within a `__del__` or a callback of C raises in vain: Python would show a traceback
+        there, and go on."""
+        if not isinstance(swallowed.exc_value, Stopped) or self.number is None:
+            self._hook_before(swallowed)
+            return
+        number, self.number = self.number, None
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
     def _follow(self, end: socket.socket) -> None:
         """The thread: reads the numbers of all signals that come, one byte each."""
