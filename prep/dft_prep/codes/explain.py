@@ -40,7 +40,7 @@ def settable(code: Code) -> str:
     if code.may_be("error") and code.may_be("ignore"):
         return "Its severity may be set: --error, --warn or --ignore."
     if code.may_be("ignore"):
-        return "It never leaves a record out; --warn or --ignore may be set."
+        return "It cannot be made an error; --warn or --ignore may be set."
     return "It stays an error: nothing could be built from what it is about."
 
 
@@ -58,8 +58,8 @@ def codes_markdown() -> str:
         "# Codes of findings",
         "",
         "What `dft-prep validate` reports and `quarantine.jsonl` holds; `dft-prep explain CODE` prints the same.",
-        "An error leaves the record out of the dataset; warnings and infos do not. Codes do not change from version to",
-        "version.",
+        "An error leaves the record out of the dataset; warnings and infos do not; of duplicates one is kept.",
+        "Codes do not change from version to version.",
     ]
     for scope, title in _SCOPES.items():
         lines += ["", f"## {title}", "", "| code | severity | meaning | what to do |", "|---|---|---|---|"]

@@ -93,3 +93,8 @@ def test_explain_says_all_of_a_code_and_names_the_nearest():
         explain("user_in_a_row")
     assert "users_in_a_row" in refusal.value.remedy
     assert "\x00" not in explain("nul_bytes")
+
+
+def test_explain_of_duplicates_says_what_a_build_does_with_them():
+    assert "a build keeps one" in explain("duplicate")
+    assert "never leaves a record out" not in explain("duplicate")
