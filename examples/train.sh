@@ -16,8 +16,8 @@ LOG_DIR="logs"
 mkdir -p ${LOG_DIR}
 LOG_FILE="${LOG_DIR}/train_$(date +%F_%H%M%S).log"
 
-# What is printed goes to the log file as well.
-exec > >(tee "${LOG_FILE}") 2>&1
+# What is printed goes to the log file as well; tee outlives Ctrl-C, so that the last words are in both.
+exec > >(trap '' INT TERM; exec tee "${LOG_FILE}") 2>&1
 
 deepspeed --num_gpus=8 --module dft_train \
     --model_name_or_path /path/to/your/base_model \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -51,6 +52,19 @@ def test_the_users_script_as_written(monkeypatch):
         "save_total_limit": 3, "save_only_model": True, "report_to": ("swanlab",), "logging_steps": 10.0,
         "deepspeed": "./ds_config/zero3.json", "remove_unused_columns": False, "ddp_find_unused_parameters": False,
     }  # fmt: skip
+
+
+def test_the_users_script_ends_as_the_training_does(tmp_path):
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text("#!/bin/sh\necho 'out of memory' >&2\nexit 2\n")
+    launcher.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = ["bash", str(REPO / "examples" / "train.sh")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "out of memory" in done.stdout
+    (log,) = (tmp_path / "logs").iterdir()
+    assert "out of memory" in log.read_text()
 
 
 COMMON = ("--model_name_or_path", "m", "--output_dir", "o", "--dataset_dir", "d")
