@@ -16,7 +16,10 @@ import wild
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 SOURCES = SHARED / "sources"
-TOKENIZERS = ("phi2-chatml", "falcon-chatml", "phi3-sentencepiece")
+TOKENIZERS = (
+    "phi2-chatml",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon-chatml", "phi3-sentencepiece")),
+)
 pytestmark = pytest.mark.skipif(not SOURCES.is_dir(), reason="the shared data is not here")
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +23,16 @@ SOON = 20.0
 
 
 @pytest.fixture(scope="module")
-def ended() -> dict[str, list[tuple[int, float, str]]]:
+def ended(once) -> dict[str, list[tuple[int, float, str]]]:
     """For each case of `meeting`: (exit code, seconds after the first end, stderr) by rank."""
-    command = [sys.executable, meeting.__file__, *meeting.CASES]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=True)
-    return {case: [tuple(rank) for rank in ranks] for case, ranks in json.loads(done.stdout).items()}
+
+    def meet(directory: Path) -> Any:
+        command = [sys.executable, meeting.__file__, *meeting.CASES]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=True)
+        return json.loads(done.stdout)
+
+    return {case: [tuple(rank) for rank in ranks] for case, ranks in once("ended", meet).items()}
 
 
 def codes(ranks: list[tuple[int, float, str]]) -> list[int]:

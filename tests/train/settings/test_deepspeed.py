@@ -22,23 +22,27 @@ REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
-def users_run(tmp_path_factory, dataset, llama, launch):
+def users_run(once, dataset, llama, launch):
     """(run directory, stderr, swanlab's directory): the flags of examples/train.sh with a built dataset, and a larger
     learning rate."""
-    directory = tmp_path_factory.mktemp("users")
-    run, swan = directory / "run", directory / "swan"
-    flags = users_flags()
-    at = flags.index("--data_files")
-    flags[at : at + 3] = ["--dataset_dir", str(dataset)]
-    values = {
-        "--model_name_or_path": llama, "--output_dir": run, "--logging_dir": directory / "logs", "--max_length": 64,
-        "--learning_rate": 2e-2, "--gradient_accumulation_steps": 2, "--eval_steps": 7, "--save_steps": 4,
-        "--logging_steps": 2, "--deepspeed": REPO / "ds_config" / "zero3.json", "--num_train_epochs": 1,
-    }  # fmt: skip
-    for name, value in values.items():
-        flags[flags.index(name) + 1] = str(value)
-    done = launch("deepspeed", 2, *flags, env={"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": str(swan)})
-    return run, done.stderr, swan
+
+    def train(directory: Path) -> tuple[str, str]:
+        flags = users_flags()
+        at = flags.index("--data_files")
+        flags[at : at + 3] = ["--dataset_dir", str(dataset)]
+        values = {
+            "--model_name_or_path": llama, "--output_dir": directory / "run", "--logging_dir": directory / "logs",
+            "--learning_rate": 2e-2, "--gradient_accumulation_steps": 2, "--eval_steps": 7, "--save_steps": 4,
+            "--logging_steps": 2, "--deepspeed": REPO / "ds_config" / "zero3.json", "--num_train_epochs": 1,
+            "--max_length": 64,
+        }  # fmt: skip
+        for name, value in values.items():
+            flags[flags.index(name) + 1] = str(value)
+        environment = {"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": str(directory / "swan")}
+        return str(directory), launch("deepspeed", 2, *flags, env=environment).stderr
+
+    directory, error = once("users-run", train)
+    return Path(directory) / "run", error, Path(directory) / "swan"
 
 
 def test_the_loss_falls_and_every_metric_is_logged(users_run):

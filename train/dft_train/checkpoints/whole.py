@@ -17,7 +17,6 @@ import msgspec
 from dft_common.errors import DataError
 from dft_common.fingerprint import hash_file
 from dft_common.manifest import encode_json, write_atomically
-from dft_common.schema import TOKENIZER_DIR
 
 STATE_NAME = "dft_train.json"
 CONTENTS_NAME = "contents.json"
@@ -59,13 +58,6 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
-
-
-def copy_tokenizer(dataset_dir: Path, output_dir: Path) -> None:
-    """The dataset's tokenizer and chat template, beside the weights that learnt them."""
-    for path in sorted((dataset_dir / TOKENIZER_DIR).iterdir()):
-        if path.is_file():
-            shutil.copyfile(path, output_dir / path.name)
 
 
 def write_state(directory: Path, state: RunState) -> None:

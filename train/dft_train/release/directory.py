@@ -5,16 +5,24 @@ A checkpoint holds what is trained, so with LoRA the adapters; the final model t
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from dft_common.manifest import encode_json, write_atomically
-from dft_train.checkpoints.whole import copy_tokenizer
+from dft_common.schema import TOKENIZER_DIR
 from dft_train.models import lora
 from dft_train.release.card import CARD_NAME, ORIGIN_NAME, Origin, Progress, is_ours, model_card, origin_record
 from dft_train.weights.export import write_model
+
+
+def _copy_tokenizer(dataset_dir: Path, output_dir: Path) -> None:
+    """The dataset's tokenizer and chat template, beside the weights that learnt them."""
+    for path in sorted((dataset_dir / TOKENIZER_DIR).iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, output_dir / path.name)
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +54,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
             write_model(lora.plain_model(model), directory, engine=engine, writes=writes, sources=sources)
         if not writes:
             return
-        copy_tokenizer(self.dataset_dir, directory)
+        _copy_tokenizer(self.dataset_dir, directory)
         write_atomically(directory / ORIGIN_NAME, encode_json(origin_record(origin, at)))
         if not final or is_ours(self.output_dir / CARD_NAME):
             write_atomically(directory / CARD_NAME, model_card(origin, at).encode())
