@@ -1,9 +1,7 @@
-"""Learn a template by rendering conversations made for the purpose.
+"""Conversations made to be rendered, and what a template does not print of them.
 
-Called once a build, by `render`. Answers: what is the generation prompt; how does a turn open and end;
-what does the template not print (tool calls, tool results, tool lists, reasoning, names, system turns); in which
-form does it want contents and a tool call's arguments; does it rewrite earlier turns. Nothing is assumed from a
-template's name.
+Made once a build, by `learnt`: tool calls, tool results, tool lists, reasoning, names, system turns; in which form a
+template wants contents and a tool call's arguments. Nothing is assumed from a template's name.
 """
 
 from __future__ import annotations
@@ -13,27 +11,21 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from dft_common.errors import SetupError
 from dft_prep.template.compiled import ChatTemplate, TemplateRefusal
 from dft_prep.template.spans import (
-    Header,
-    MaskUnsure,
     Span,
     SpanRules,
-    assistant_texts,
-    common_header,
     find_spans,
-    is_rewritten,
 )
 from dft_prep.template.trace import Message, Traced, mark_messages
 
-_USER, _REPLY, _SYSTEM = "probeuserword", "probereplyword", "probesystemword"
-_RESULT, _REASON, _TOOL, _ARGUMENT = "proberesultword", "probereasonword", "probetoolname", "probeargumentword"
+_USER, REPLY, _SYSTEM = "probeuserword", "probereplyword", "probesystemword"
+RESULT, _REASON, _TOOL, _ARGUMENT = "proberesultword", "probereasonword", "probetoolname", "probeargumentword"
 _NAME, _CALLED = "probenameword", "probecalledname"
 _CALL_ID = "call00001"  # nine letters and digits, as some templates insist
 
 Messages = list[dict[str, Any]]
-_TOOLS = [
+TOOLS = [
     {
         "type": "function",
         "function": {
@@ -63,19 +55,6 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: bool
     names: bool
     system: bool
-
-
-class Learnt(NamedTuple):
-    """What the probes taught."""
-
-    rules: SpanRules
-    can: Capabilities
-    end_of_turn: str | None
-    """The control token that ends a reply, or None."""
-    prompts: tuple[str, ...]
-    """The generation prompts that were seen, longest first."""
-    rewrites: bool
-    """It may render an earlier turn otherwise than it rendered it as the last."""
 
 
 def to_content(text: str | None, *, parts: bool) -> Any:
@@ -123,7 +102,7 @@ class RenderedPrefixes:
         return self._through[number]
 
 
-class _Probe(NamedTuple):
+class Probe(NamedTuple):
     """A conversation, rendered; `spans` by the rules learnt so far."""
 
     messages: list[Message]
@@ -138,7 +117,7 @@ class _Probe(NamedTuple):
         return find_spans(self.traced, self.roles, rules, self.prefixes)
 
 
-class _Prober:
+class Prober:
     """Renders probes, with contents in the form that the template wants."""
 
     def __init__(self, template: ChatTemplate, *, content_parts: bool) -> None:
@@ -151,7 +130,7 @@ class _Prober:
     def user(self, text: str = _USER) -> dict[str, Any]:
         return {"role": "user", "content": self._content(text)}
 
-    def reply(self, text: str = _REPLY, **more: Any) -> dict[str, Any]:
+    def reply(self, text: str = REPLY, **more: Any) -> dict[str, Any]:
         return {"role": "assistant", "content": self._content(text), **more}
 
     def system(self) -> dict[str, Any]:
@@ -163,7 +142,7 @@ class _Prober:
         return {"role": "assistant", "content": self._content(content), "tool_calls": [call]}
 
     def result(self) -> dict[str, Any]:
-        return {"role": "tool", "content": self._content(_RESULT), "name": _CALLED, "tool_call_id": _CALL_ID}
+        return {"role": "tool", "content": self._content(RESULT), "name": _CALLED, "tool_call_id": _CALL_ID}
 
     def text(self, messages: Messages, tools: Any = None) -> str:
         """The render, or "" where the template refuses it."""
@@ -174,23 +153,23 @@ class _Prober:
 
     def prints(self, word: str, messages: Messages) -> bool:
         """With tools or without: some templates refuse a conversation that has none, others one that has."""
-        return word in self.text(messages) or word in self.text(messages, _TOOLS)
+        return word in self.text(messages) or word in self.text(messages, TOOLS)
 
-    def probes(self, conversations: list[Messages]) -> Iterator[_Probe]:
+    def probes(self, conversations: list[Messages]) -> Iterator[Probe]:
         for messages in conversations:
             marked = mark_messages(messages)
-            for tools in (None, _TOOLS):
+            for tools in (None, TOOLS):
                 try:
                     traced = self.template.trace(marked, tools)
                 except TemplateRefusal:
                     continue
-                yield _Probe(marked, traced, RenderedPrefixes(self.template, marked, tools))
+                yield Probe(marked, traced, RenderedPrefixes(self.template, marked, tools))
 
     # What the template prints.
 
     def _prints_call(self, arguments: Any, wrong: str) -> bool:
-        text = self.text([self.user(), self.call(arguments), self.result(), self.reply()], _TOOLS)
-        text = text or self.text([self.user(), self.call(arguments)], _TOOLS)
+        text = self.text([self.user(), self.call(arguments), self.result(), self.reply()], TOOLS)
+        text = text or self.text([self.user(), self.call(arguments)], TOOLS)
         return _ARGUMENT in text and _CALLED in text and wrong not in text
 
     def arguments(self, form: str | None) -> Any:
@@ -205,7 +184,7 @@ class _Prober:
     def _takes_null(self, form: str) -> bool:
         """Whether a call with content None prints as one with empty text does (and not the word None, say)."""
         calls = [self.call(self.arguments(form), content) for content in (None, "")]
-        null, empty = (self.text([self.user(), call], _TOOLS) for call in calls)
+        null, empty = (self.text([self.user(), call], TOOLS) for call in calls)
         return bool(null) and null == empty
 
     def with_call(self, form: str | None) -> Messages:
@@ -219,8 +198,8 @@ class _Prober:
             content_parts=self.content_parts,
             tool_calls=form,
             null_content=form is not None and self._takes_null(form),
-            tool_results=self.prints(_RESULT, self.with_call(form)),
-            tools=_TOOL in self.text([self.user(), self.reply()], _TOOLS),
+            tool_results=self.prints(RESULT, self.with_call(form)),
+            tools=_TOOL in self.text([self.user(), self.reply()], TOOLS),
             reasoning=self.prints(_REASON, [self.user(), reasoned]),
             names=self.prints(_NAME, [{**self.user(), "name": _NAME}, self.reply()]),
             system=self.prints(_SYSTEM, [self.system(), self.user(), self.reply()]),
@@ -235,7 +214,7 @@ class _Prober:
     def answered(self, form: str | None) -> list[Messages]:
         """Conversations that end in a reply."""
         reasons = with_reasoning(_REASON)
-        thought = f"<think>\n{_REASON}\n</think>\n\n{_REPLY}"
+        thought = f"<think>\n{_REASON}\n</think>\n\n{REPLY}"
         return [
             [self.user(), self.reply()],
             [self.system(), self.user(), self.reply()],
@@ -247,149 +226,10 @@ class _Prober:
         ]
 
 
-def _make_prober(template: ChatTemplate) -> _Prober:
+def make_prober(template: ChatTemplate) -> Prober:
     """Contents as text, or as parts where the template prints only those."""
     for content_parts in (False, True):
-        prober = _Prober(template, content_parts=content_parts)
-        if prober.prints(_REPLY, [prober.user(), prober.reply()]):
+        prober = Prober(template, content_parts=content_parts)
+        if prober.prints(REPLY, [prober.user(), prober.reply()]):
             return prober
-    return _Prober(template, content_parts=False)
-
-
-def _prompt_after(template: ChatTemplate, messages: Messages, tools: Any) -> str | None:
-    """What `add_generation_prompt` adds after `messages`: with it minus without it, from the last turn on.
-
-    Not the common prefix of the whole renders, which would eat the `<` that `</s>` and `<|assistant|>` share.
-    """
-    try:
-        marked = mark_messages(messages)
-        plain, prompted = template.trace(marked, tools), template.trace(marked, tools, prompt=True)
-    except TemplateRefusal:
-        return None
-    last = len(messages) - 1
-    places = plain.place_of(last), prompted.place_of(last)
-    if places[0] is None or places[1] is None or plain.text[: places[0].end] != prompted.text[: places[1].end]:
-        rest = prompted.text.removeprefix(plain.text)
-        return rest if rest != prompted.text and rest else None
-    without, with_prompt = plain.text[places[0].end :], prompted.text[places[1].end :]
-    if with_prompt == without:
-        return None
-    return with_prompt.removeprefix(without)
-
-
-def learn(template: ChatTemplate, control_texts: tuple[str, ...], eos_token: str | None) -> Learnt:
-    """Everything the probes tell. Raises SetupError where the template prints no plain conversation."""
-    prober = _make_prober(template)
-    can = prober.capabilities()
-    probes = list(prober.probes(prober.answered(can.tool_calls)))
-    found = {
-        prompt
-        for messages in prober.prefixes()
-        for tools in (None, _TOOLS)
-        if (prompt := _prompt_after(template, messages, tools))
-    }
-    prompts = tuple(sorted(found, key=lambda prompt: (-len(prompt), prompt)))
-    closers = _closers(probes, control_texts, eos_token)
-    rules = SpanRules(
-        prompt=prompts[0] if len(prompts) == 1 and template.prompt_is_constant else None,
-        headers=_headers(prompts, [*probes, *prober.probes([[prober.user(), prober.reply("")]])]),
-        control_texts=control_texts,
-        closers=closers,
-        ends=(*control_texts, *closers),
-        ends_turns=False,
-        ends_last=False,
-        results_in_reply=any(
-            _RESULT in text for probe in probes for text in assistant_texts(probe.traced, probe.roles)
-        ),
-        tagged=template.has_generation_tags,
-    )
-    ends = _ends(prober, probes, rules)
-    return Learnt(
-        rules=msgspec.structs.replace(
-            rules,
-            ends_turns=bool(ends.within) and all(ends.within),
-            ends_last=all(ends.last),
-        ),
-        can=can,
-        end_of_turn=ends.token(),
-        prompts=prompts,
-        rewrites=_rewrites(probes, rules),
-    )
-
-
-def _headers(prompts: tuple[str, ...], probes: list[_Probe]) -> tuple[Header, ...]:
-    turns = {turn for probe in probes for turn in assistant_texts(probe.traced, probe.roles)}
-    headers = {header for prompt in prompts for turn in turns if (header := common_header(prompt, turn)).text.strip()}
-    return tuple(sorted(headers, key=lambda header: (-len(header.text), header)))
-
-
-def _closers(probes: list[_Probe], control_texts: tuple[str, ...], eos_token: str | None) -> tuple[str, ...]:
-    """Control tokens that follow at once a reply after which its turn's own stretch prints nothing."""
-    tokens = (*control_texts, *((eos_token,) if eos_token else ()))
-    closers: set[str] = set()
-    for probe in probes:
-        text = probe.traced.text
-        for message, _, end, _ in probe.traced.stretches:
-            if probe.roles[message] != "assistant" or not text[:end].rstrip().endswith(_REPLY):
-                continue
-            after = text[end:].lstrip()
-            is_last = message == len(probe.messages) - 1
-            closers |= {t for t in tokens if after.startswith(t) and (is_last or t == eos_token)}
-    return tuple(sorted(closers, key=lambda token: (-len(token), token)))
-
-
-class _Ends(NamedTuple):
-    """The control token that ends each reply of the probes, or None: of replies within, and at the end."""
-
-    within: list[str | None]
-    last: list[str | None]
-
-    def token(self) -> str | None:
-        """What ends a reply, rather at a conversation's end."""
-        return next((token for token in (*self.last, *self.within) if token is not None), None)
-
-
-def _ends(prober: _Prober, probes: list[_Probe], rules: SpanRules) -> _Ends:
-    ends = _Ends([], [])
-    refusal = "" if probes else _first_refusal(prober)
-    for probe in probes:
-        try:
-            spans = probe.spans(rules)
-        except MaskUnsure as error:
-            refusal = refusal or str(error)
-            continue
-        for span in spans:
-            text = probe.traced.text[span.start : span.end]
-            end = next((token for token in rules.ends if text.endswith(token)), None)
-            if span.message < len(probe.messages) - 1:
-                ends.within.append(end)
-            elif _REPLY in text:
-                ends.last.append(end)
-            else:
-                refusal = refusal or "it does not print the reply where inference would have generated it"
-    if not ends.last:
-        raise SetupError(
-            f"the chat template cannot be used: on a plain conversation, {refusal}",
-            remedy="give another template with --chat_template FILE.jinja, or `--chat_template chatml`",
-        )
-    return ends
-
-
-def _first_refusal(prober: _Prober) -> str:
-    try:
-        prober.template.render([prober.user(), prober.reply()])
-    except TemplateRefusal as error:
-        return f"it refuses: {error}"
-    return "it prints nothing"
-
-
-def _rewrites(probes: list[_Probe], rules: SpanRules) -> bool:
-    """Whether some probe's turn is rendered otherwise when it is not the last."""
-    for probe in probes:
-        try:
-            spans = probe.spans(rules)
-        except MaskUnsure:
-            continue
-        if any(is_rewritten(probe.traced, span, rules, probe.prefixes) for span in spans):
-            return True
-    return False
+    return Prober(template, content_parts=False)

@@ -20,7 +20,8 @@ from dft_common.records import Conversation, ToolCall
 from dft_common.records import Message as GivenMessage
 from dft_prep.codes.table import CODES
 from dft_prep.template.compiled import ChatTemplate, TemplateRefusal
-from dft_prep.template.probes import RenderedPrefixes, learn, text_of, to_content, with_reasoning
+from dft_prep.template.learnt import learn
+from dft_prep.template.probes import RenderedPrefixes, text_of, to_content, with_reasoning
 from dft_prep.template.sandbox import WATCH, RenderLimit
 from dft_prep.template.spans import MaskUnsure, Span, ends_in_token, find_spans, is_rewritten
 from dft_prep.template.stand_ins import ControlTexts, StandIns

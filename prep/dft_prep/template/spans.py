@@ -1,6 +1,6 @@
 """Where the trained stretch of each assistant turn begins and ends in a traced render.
 
-Called by `render`, and by `probes` when it learns a template. The rule: a label is live exactly where the
+Called by `render`, and by `learnt` for a template's probes. The rule: a label is live exactly where the
 model would have generated that token, from the end of what inference feeds it (the generation prompt after the
 messages before it) to the token that ends its turn. docs/masks.md has a picture of each case.
 
