@@ -134,8 +134,8 @@ def test_a_rank_of_zero3_that_cannot_write_takes_no_other_with_it(
     assert "there is no whole checkpoint yet" in done[0].stderr
     assert whole_steps(run) == []
     assert (run / "model.safetensors").is_file() == (code == 0)
-    assert done[0].stderr.count("the final model could not be saved") == code
-    assert "could not be saved" not in done[1].stderr
+    # An error of all ranks is shown once, by whichever comes to it first.
+    assert sum(rank.stderr.count("the final model could not be saved") for rank in done) == code
 
 
 @pytest.mark.parametrize("limit", [1, 2])
