@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dft_common import manifest as m
 from dft_common.fingerprint import hash_file, hash_object, load_tokenizer_json, tokenizer_fingerprint
 from dft_common.packs import PackIndexInfo
+from dft_common.reader import Row
 from dft_common.schema import PACK_SCHEMA, row_schema, shard_name
 
 END = "<|im_end|>"
@@ -273,3 +275,18 @@ def write_model(directory: Path, architecture: str, *, vocab: int = VOCAB, seed:
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(directory)
     return write_tokenizer(directory)
+
+
+def random_rows(lengths: Sequence[int], *, ids: tuple[int, int] = (0, 64), seed: int = 3) -> list[Row]:
+    """Rows of random ids (from the first up to the second of `ids`), a good half of them trained."""
+    random = np.random.default_rng(seed)
+    return [
+        Row(
+            input_ids=random.integers(*ids, length).astype(np.int32),
+            assistant_masks=random.random(length) < 0.6,
+            source="s",
+            id="0",
+            loss_weights=None,
+        )
+        for length in lengths
+    ]

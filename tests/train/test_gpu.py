@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dft_common.reader import Row
 from dft_train import three_products
 from dft_train.data.collate import Batch, collate
 from dft_train.loss import linear_dft_loss
@@ -67,20 +66,6 @@ def test_the_fused_loss_is_the_formula(dtype, autocast):
         three_products.TILE_ELEMENTS["cuda"] = kept
 
 
-def rows(lengths: list[int]) -> list[Row]:
-    random = np.random.default_rng(3)
-    return [
-        Row(
-            input_ids=random.integers(0, 64, length).astype(np.int32),
-            assistant_masks=random.random(length) < 0.6,
-            source="s",
-            id="0",
-            loss_weights=None,
-        )
-        for length in lengths
-    ]
-
-
 def loss_and_gradient(net, batches: list[Batch]) -> tuple[float, torch.Tensor]:
     net, total = copy.deepcopy(net), 0.0
     tap = HeadTap(net)
@@ -98,7 +83,7 @@ def test_packed_equals_alone(attention):
     torch.manual_seed(1)
     config = AutoConfig.for_model("qwen3", **handmade.SMALL)
     net = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16).to(GPU)
-    made = rows([7, 12, 2, 9])
+    made = handmade.random_rows([7, 12, 2, 9])
     alone = loss_and_gradient(net, [collate([row], [0], 10, attention) for row in made])
     packed = loss_and_gradient(net, [collate(made, [0] * 4, 10, attention)])
     assert packed[0] == pytest.approx(alone[0], rel=0.01) and alone[0] > 1

@@ -21,7 +21,7 @@ from dft_prep.judge.illegal import Illegal, by_the_standard, is_too_deep
 from dft_prep.judge.plain import PlainReader
 from dft_prep.judge.repeats import find_repeated, may_repeat
 from dft_prep.judge.rules import find_oddities
-from dft_prep.reconcile.converters import RecordError, quoted
+from dft_prep.reconcile.converters import RecordError, half_pair, quoted
 from dft_prep.reconcile.fields import MOST_PATHS, FieldCounts, Signature, fields_of, may_read, short_name, target_of
 from dft_prep.reconcile.formats import LABEL_FIELDS
 from dft_prep.reconcile.reading import AS_FOUND, Reading, written_path
@@ -202,8 +202,7 @@ def _refuse_surrogates(value: Any, path: str) -> None:
     try:
         msgspec.json.encode(value, enc_hook=str)
     except UnicodeEncodeError as error:
-        found = f"half a surrogate pair, {error.object[error.start]!a}, which is no character"
-        raise RecordError("lone_surrogate", path, found, "repair the escape") from None
+        raise half_pair(error, path) from None
 
 
 def record_finding(

@@ -248,7 +248,7 @@ def _refuse_unprintable(arguments: str, path: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
-        raise _half_pair(error, path) from None
+        raise half_pair(error, path) from None
     except RecursionError:
         pass
     except ValueError:
@@ -256,7 +256,8 @@ def _refuse_unprintable(arguments: str, path: str) -> None:
         raise RecordError("bad_tool_calls", path, message, "write a number that a float can hold") from None
 
 
-def _half_pair(error: UnicodeEncodeError, path: str) -> RecordError:
+def half_pair(error: UnicodeEncodeError, path: str) -> RecordError:
+    """The error for what cannot be written as UTF-8."""
     found = f"half a surrogate pair, {error.object[error.start]!a}, which is no character"
     return RecordError("lone_surrogate", path, found, "repair the escape")
 
@@ -333,7 +334,7 @@ def _tools_of_text(text: str, path: str) -> Any:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
-        raise _half_pair(error, path) from None
+        raise half_pair(error, path) from None
     except (ValueError, RecursionError) as error:
         raise RecordError("bad_tools", path, f"not JSON: {error}", "write the tools as a list") from None
     return value

@@ -137,21 +137,7 @@ def make(case: Case) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=case.attention)
 
 
-def random_rows(lengths: list[int], seed: int = 3) -> list[Row]:
-    random = np.random.default_rng(seed)
-    return [
-        Row(
-            input_ids=random.integers(3, VOCAB, length).astype(np.int32),
-            assistant_masks=random.random(length) < 0.6,
-            source="s",
-            id="0",
-            loss_weights=None,
-        )
-        for length in lengths
-    ]
-
-
-ROWS = random_rows([7, 12, 1, 9])
+ROWS = handmade.random_rows([7, 12, 1, 9], ids=(3, VOCAB))
 
 
 def ours(net: Any, case: Case, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:

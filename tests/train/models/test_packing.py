@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft_common.errors import SetupError
 from dft_common.flags import run_command
-from dft_common.reader import Row
 from dft_prep.cli import cli as prep_commands
 from dft_train.data.collate import collate, sequence_inputs
 from dft_train.guards.probe import LogitTransform, probe_logits, probe_packing
@@ -31,20 +30,6 @@ def model(architecture: str, attention: str = "sdpa", **more):
 
 def inputs(sequences):
     return sequence_inputs([len(s) for s in sequences], np.concatenate([np.array(s) for s in sequences]), "sdpa")
-
-
-def random_rows(lengths) -> list[Row]:
-    random = np.random.default_rng(3)
-    return [
-        Row(
-            input_ids=random.integers(0, 64, length).astype(np.int32),
-            assistant_masks=random.random(length) < 0.6,
-            source="s",
-            id="0",
-            loss_weights=None,
-        )
-        for length in lengths
-    ]
 
 
 def loss_and_gradients(net, batches):
@@ -78,7 +63,7 @@ def test_packed_equals_alone(architecture, more, attention, checkpointing, monke
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     net.train()
-    rows = random_rows([7, 12, 1, 9])
+    rows = handmade.random_rows([7, 12, 1, 9])
     alone = loss_and_gradients(net, [collate([row], [0], 10, attention) for row in rows])
     packed = loss_and_gradients(net, [collate(rows, [0] * 4, 10, attention)])
     assert packed[0] == pytest.approx(alone[0], rel=1e-5)
@@ -90,7 +75,7 @@ def test_packed_equals_alone(architecture, more, attention, checkpointing, monke
 
 def test_positions_that_do_not_restart_would_leak():
     """What the test above guards against shows where positions run on."""
-    net, rows = model("qwen3"), random_rows([7, 12])
+    net, rows = model("qwen3"), handmade.random_rows([7, 12])
     packed = collate(rows, [0, 0], 10, "sdpa")
     right = loss_and_gradients(net, [packed])[0]
     packed.inputs["position_ids"] = torch.arange(19)[None]
@@ -180,7 +165,7 @@ def test_the_patched_model_is_unchanged_without_a_question(tmp_path: Path):
 def test_alpha_zero_is_the_models_own_loss():
     for architecture in ("qwen3", "llama"):
         net = model(architecture)
-        batch = collate(random_rows([20]), [0], 1, "sdpa")
+        batch = collate(handmade.random_rows([20]), [0], 1, "sdpa")
         count = int((batch.labels[:, 1:] != -100).sum())
         ours, _ = HeadTap(net).loss(net, batch.inputs, LossRequest(batch.labels, None, count, "dft", 0.0))
         theirs = net(**batch.inputs, labels=batch.labels).loss

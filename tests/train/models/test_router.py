@@ -18,7 +18,7 @@ from dft_train.data.sampler import Layout
 from dft_train.models.head import HeadTap, LossRequest
 from dft_train.models.router import RouterLoss, balance_loss, router_loss
 from train import handmade
-from train.models.test_models import EXPERTS, assert_gradients, random_rows
+from train.models.test_models import EXPERTS, assert_gradients
 from train.same_run import assert_same_run, history
 
 MOE = {**EXPERTS, "decoder_sparse_step": 1}
@@ -74,7 +74,7 @@ def test_with_sft_it_is_the_whole_loss_of_transformers_in_value_and_gradient(arc
     net.train()
     if checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = collate(random_rows([20]), [0], 1, "sdpa")
+    batch = collate(handmade.random_rows([20], ids=(3, 64)), [0], 1, "sdpa")
     count = float((batch.labels[:, 1:] != -100).sum())
     theirs = net(**batch.inputs, labels=batch.labels, output_router_logits=True)
     theirs.loss.backward()
@@ -94,7 +94,7 @@ def test_with_sft_it_is_the_whole_loss_of_transformers_in_value_and_gradient(arc
 
 def test_what_the_model_is_not_asked_for_it_does_not_return(moe):
     net = AutoModelForCausalLM.from_pretrained(moe)
-    tap, batch = HeadTap(net), collate(random_rows([9]), [0], 1, "sdpa")
+    tap, batch = HeadTap(net), collate(handmade.random_rows([9], ids=(3, 64)), [0], 1, "sdpa")
     tap.wants_router = True
     with torch.no_grad():
         tap.loss(net, batch.inputs, LossRequest(batch.labels, None, 1.0, "dft", 0.7))
